@@ -559,7 +559,7 @@ class OneHot:
     def sample(self) -> Tensor:
         # Of exponential variables with rates p, each is the smallest with probability p.
         onehot = one_hot_max(self.probs / torch.empty_like(self.probs).exponential_())
-        return onehot + self.probs - self.probs.detach()
+        return onehot + (self.probs - self.probs.detach())
 
     def mode(self) -> Tensor:
         return one_hot_max(self.probs)
@@ -662,8 +662,8 @@ class Normalizer(nn.Module):
             self.moments = self.moments.lerp(torch.stack([y.mean(), (y**2).mean()]), 1 - self.decay)
             self.count = self.count + 1
         mean, square = self.moments / (1 - self.decay**self.count)
-        std = (square - mean**2).clamp(min=self.limit**-2).sqrt().float()
-        return (x - mean.float()) / std if self.impl == "mean_std" else x / std
+        scale = (square - mean**2).clamp(min=self.limit**-2).rsqrt().float()
+        return (x - mean.float()) * scale if self.impl == "mean_std" else x * scale
 
 
 # ---- Networks -------------------------------------------------------------------------------

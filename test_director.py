@@ -1,0 +1,852 @@
+"""What a user of director.py can rely on. Numbers named "official" come from danijar/director."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+import director
+from director import Config, Director, Driver, PinPad, Replay
+
+IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+CONTINUOUS, DISCRETE = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(5)
+TINY = {
+    "deter": 16, "hidden": 18, "units": 16, "layers": 1, "stoch": 4, "classes": 4, "cnn_depth": 4,
+    "device": "cpu", "precision": "float32"}
+TINY_FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
+
+
+def tensor(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-7):
+    np.testing.assert_allclose(torch.as_tensor(actual).detach().numpy(), expected, rtol, atol)
+
+
+def random_batch(rng, size, length, discrete, actions):
+    """A replay batch with an episode's start and a terminal step inside."""
+    batch = {
+        "image": rng.integers(0, 256, (size, length, 64, 64, 3)).astype(np.uint8),
+        "action": rng.normal(size=(size, length, actions)).astype(np.float32),
+        "reward": rng.normal(size=(size, length)).astype(np.float32)}
+    if discrete:
+        batch["action"] = np.eye(actions, dtype=np.float32)[batch["action"].argmax(-1)]
+    for key in ("is_first", "is_last", "is_terminal"):
+        batch[key] = np.zeros((size, length), bool)
+    batch["is_first"][:, 0] = batch["is_first"][1, 7] = batch["is_terminal"][1, 6] = True
+    return batch
+
+
+# ---- Functions, against the official code and against brute force ----------------------------
+
+
+def test_symlog_and_symexp_are_inverse_and_match_official():
+    x = tensor([-1000.0, -1.5, -0.01, 0.0, 0.3, 7.0, 1e6])
+    close(director.symexp(director.symlog(x)), x, rtol=1e-4)
+    close(director.symlog(tensor([-1.0, math.e - 1])), [-math.log(2), 1.0])
+
+
+def test_max_cosine_is_one_only_for_the_same_vector():
+    goal = tensor([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0], [0.0, 0.0]])
+    feat = tensor([[3.0, 4.0], [6.0, 8.0], [-4.0, 3.0], [0.0, 0.0]])
+    close(director.max_cosine(goal, feat), [1.0, 0.5, 0.0, 0.0])
+
+
+def test_lambda_return_matches_a_brute_force_mixture_of_n_step_returns():
+    rng = np.random.default_rng(0)
+    reward, value, discount = rng.normal(size=(6, 2)), rng.normal(size=(7, 2)), rng.random((6, 2))
+    lam = 0.8
+    expected = np.zeros((6, 2))
+    for t in range(6):
+        def n_step(n, t=t):
+            total, factor = 0.0, 1.0
+            for i in range(t, t + n):
+                total, factor = total + factor * reward[i], factor * discount[i]
+            return total + factor * value[t + n]
+        last = 6 - t
+        expected[t] = lam ** (last - 1) * n_step(last)
+        expected[t] += sum((1 - lam) * lam ** (n - 1) * n_step(n) for n in range(1, last))
+    args = (torch.tensor(x) for x in (reward, value, discount))
+    close(director.lambda_return(*args, lam), expected)
+
+
+def test_trajectory_weights_stop_after_a_terminal_state():
+    cont = tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    close(director.trajectory_weights(cont, 0.9), [[1, 0], [0.9, 0], [0, 0], [0, 0]])
+
+
+def counting_trajectory(horizon=16, amount=3):
+    """Each element tells its time (hundreds) and its column."""
+    index = tensor(np.arange(horizon + 1)[:, None] * 100 + np.arange(amount))
+    return {
+        "deter": index[..., None].repeat(1, 1, 2), "goal": index[..., None] // 800, "cont": index / 1e4,
+        "action": index[..., None], "skill": index[..., None, None], "reward_goal": index[1:]}
+
+
+def test_split_trajectory_cuts_segments_that_share_a_state_and_keep_their_goal():
+    split = director.split_trajectory(counting_trajectory(), 8)
+    assert split["deter"].shape == (9, 6, 2) and split["reward_goal"].shape == (8, 6)
+    for segment in range(2):
+        for column in range(3):
+            times = 100 * (8 * segment + np.arange(9)) + column
+            close(split["deter"][:, 3 * segment + column, 0], times)
+            close(split["reward_goal"][:, 3 * segment + column], times[1:])
+            close(split["goal"][:, 3 * segment + column, 0], np.full(9, segment))
+
+
+def test_abstract_trajectory_matches_brute_force():
+    traj = counting_trajectory()
+    traj["cont"] = torch.rand(17, 3, generator=torch.manual_seed(0))
+    abstract = director.abstract_trajectory(traj, 8)
+    assert abstract["deter"].shape == (3, 3, 2) and "skill" not in abstract
+    close(abstract["action"][:, 1, 0, 0], [1, 801, 1601])
+    close(abstract["cont"][0], traj["cont"][0])
+    for block in range(2):
+        start = 8 * block
+        close(abstract["cont"][block + 1], traj["cont"][start + 1 : start + 9].prod(0))
+        total = 0.0
+        for t in range(8):
+            alive = traj["cont"][start : start + t + 1].prod(0)
+            total = total + alive * traj["reward_goal"][start + t]
+        close(abstract["reward_goal"][block], total / 8)
+
+
+def test_balanced_kl_matches_torch_and_balances_gradients():
+    gen = torch.manual_seed(0)
+    post, prior = (torch.randn(5, 4, 6, generator=gen, requires_grad=True) for _ in range(2))
+    dists = [torch.distributions.Categorical(logits=x) for x in (post, prior)]
+    expected = torch.distributions.kl_divergence(*dists).sum(-1)
+    close(director.balanced_kl(post, prior, 0.8), expected.detach())
+    full = torch.autograd.grad(expected.sum(), [post, prior])
+    ours = torch.autograd.grad(director.balanced_kl(post, prior, 0.8).sum(), [post, prior])
+    close(ours[0], 0.2 * full[0], atol=1e-6)
+    close(ours[1], 0.8 * full[1], atol=1e-6)
+
+
+def test_auto_adapt_moves_by_ten_percent_outside_the_band_and_stays_inside():
+    adapt = director.AutoAdapt((), target=3.5, low=0.9, high=1.2)
+    for mean, scale in ((3.9, 1.1), (9.0, 1.2), (3.5, 1.2), (3.0, 1.2 / 1.1), (0.0, 0.99174), (0, 0.9016)):
+        close(adapt(torch.full((2, 3), float(mean))), np.full((2, 3), mean * scale), rtol=1e-4)
+    adapt = director.AutoAdapt((2,), target=0.5, low=1e-5, high=1e2, inverse=True)
+    close(adapt(tensor([[0.3, 0.9]])), [[-0.3 * 1.1, -0.9 / 1.1]])
+
+
+def test_normalizer_matches_official():
+    # Official: three calls of Normalize('std', 0.999, 1e2), then of ('mean_std', 0.99, 1e8).
+    gen = np.random.default_rng(0)
+    values = [gen.normal(2.0, 3.0, size=(4, 3)) for _ in range(3)]
+    for impl, decay, limit in (("std", 0.999, 1e2), ("mean_std", 0.99, 1e8)):
+        norm, mean, square = director.Normalizer(impl, decay, limit), 0.0, 0.0
+        for step, x in enumerate(values, 1):
+            mean = decay * mean + (1 - decay) * x.mean()
+            square = decay * square + (1 - decay) * (x**2).mean()
+            m, s = mean / (1 - decay**step), square / (1 - decay**step)
+            std = math.sqrt(max(s - m**2, limit**-2))
+            expected = (x - m) / std if impl == "mean_std" else x / std
+            close(norm(tensor(x)), expected)
+            close(norm(tensor(x), update=False), expected)
+    close(director.Normalizer("std", 0.999, 1e2)(torch.ones(5)), np.full(5, 100.0))
+
+
+def test_one_hot_matches_torch_and_samples_with_straight_through_gradients():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, requires_grad=True)
+    dist, reference = director.OneHot(logits), torch.distributions.Categorical(logits=logits)
+    close(dist.entropy(), reference.entropy().detach())
+    close(dist.log_prob(torch.eye(4)[[0, 1, 2]]), reference.log_prob(torch.tensor([0, 1, 2])).detach())
+    samples = torch.stack([dist.sample() for _ in range(4000)])
+    assert ((samples.detach() - samples.detach().round()).abs() < 1e-6).all()
+    close(samples.mean(0), reference.probs.detach(), rtol=0, atol=0.03)
+    weight = torch.randn(3, 4)
+    ours = torch.autograd.grad((dist.sample() * weight).sum(), logits, retain_graph=True)
+    close(ours[0], torch.autograd.grad((dist.probs * weight).sum(), logits)[0])
+    mixed = director.OneHot(tensor([100.0, 0.0]), unimix=0.01)
+    close(mixed.probs, [0.995, 0.005], rtol=1e-4)
+
+
+def test_bounded_normal_matches_torch_and_normalises_entropy():
+    torch.manual_seed(0)
+    dist = director.BoundedNormal(torch.randn(5, 3), torch.randn(5, 3))
+    reference = torch.distributions.Normal(dist.mean, dist.std)
+    value = torch.randn(5, 3)
+    close(dist.log_prob(value), reference.log_prob(value))
+    close(dist.entropy(), reference.entropy())
+    low, high = director.BoundedNormal(torch.zeros(2), tensor([-100.0, 100.0])).entropy()
+    close(low, dist.entropy_range[0])
+    close(high, dist.entropy_range[1])
+
+
+# ---- Whole train steps ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """Replace every sample by the mode, as in the runs of the official code."""
+    hard = director.one_hot_max
+    monkeypatch.setattr(director.OneHot, "sample", lambda d: hard(d.probs) + (d.probs - d.probs.detach()))
+    monkeypatch.setattr(director.BoundedNormal, "sample", lambda d: d.mean)
+
+
+FROZEN = {  # continuous actions: steps 1 and 3; discrete actions: steps 1 and 3
+    "image_loss": (1163.03, 1163.03, 1169.22, 1169.22),
+    "reward_loss": (0.526447, 0.526447, 1.27836, 1.27836),
+    "cont_loss": (0.829196, 0.829196, 0.51932, 0.51932),
+    "kl_loss": (1.96095, 1.62062, 1.69167, 1.39808),
+    "model_loss": (1166.34, 1166, 1172.71, 1172.41),
+    "kl": (2.15705, 2.15705, 1.86084, 1.86084),
+    "kl_scale": (0.909091, 0.751315, 0.909091, 0.751315),
+    "prior_ent": (4.65364, 4.65364, 4.89833, 4.89833),
+    "post_ent": (4.67197, 4.67197, 4.7044, 4.7044),
+    "model_grad_norm": (218.706, 218.677, 209.204, 209.102),
+    "goal_loss": (12.8188, 12.4669, 14.5208, 14.2459),
+    "goal_rec": (10.7915, 10.7915, 12.9369, 12.9369),
+    "goal_kl": (2.22994, 2.22994, 1.74224, 1.74224),
+    "goal_kl_scale": (0.909091, 0.751315, 0.909091, 0.751315),
+    "goal_grad_norm": (25.1629, 25.1107, 25.8177, 25.79),
+    "worker_goal_critic_loss": (0.0815407, 0.0815407, 0.185676, 0.185676),
+    "worker_goal_critic_grad_norm": (0.487363, 0.487363, 1.36459, 1.36459),
+    "worker_goal_reward": (0.0602006, 0.0602006, 0.0414766, 0.0414766),
+    "worker_goal_return": (0.363608, 0.363608, -0.341087, -0.341087),
+    "worker_goal_value": (1.05124, 1.05124, -1.51069, -1.51069),
+    "worker_goal_score": (-2.0464, -2.0464, 1.67627, 1.67627),
+    "worker_actor_loss": (-0.482651, -0.400682, -0.175816, -0.141663),
+    "worker_actor_grad_norm": (0.153372, 0.137252, 0.224441, 0.22449),
+    "worker_ent": (0.813417, 0.813417, 0.895097, 0.895097),
+    "worker_ent_scale": (0.909091, 0.751315, 0.909091, 0.751315),
+    "manager_extr_critic_loss": (0.414396, 0.414396, 0.22944, 0.22944),
+    "manager_extr_critic_grad_norm": (2.9716, 2.9716, 1.3951, 1.3951),
+    "manager_extr_reward": (0.22559, 0.22559, 0.423101, 0.423101),
+    "manager_extr_return": (0.252585, 0.252585, 0.410432, 0.410432),
+    "manager_extr_value": (-0.233938, -0.233938, -0.859537, -0.859537),
+    "manager_extr_score": (0.798612, 0.798612, 2.79175, 2.79175),
+    "manager_expl_critic_loss": (0.0302456, 0.0302456, 0.0564199, 0.0564199),
+    "manager_expl_critic_grad_norm": (0.38541, 0.38541, 0.554368, 0.554368),
+    "manager_expl_reward": (0.166471, 0.166471, 0.206894, 0.206894),
+    "manager_expl_return": (0.190964, 0.190964, 0.208897, 0.208897),
+    "manager_expl_value": (0.0397191, 0.0397191, 0.234411, 0.234411),
+    "manager_expl_score": (0.902566, 0.902566, -0.422024, -0.422024),
+    "manager_actor_loss": (0.253877, 0.808091, -5.77204, -5.2284),
+    "manager_actor_grad_norm": (1.63391, 1.72361, 2.1927, 2.09616),
+    "manager_ent": (0.874442, 0.874442, 0.869877, 0.869877),
+    "manager_ent_scale": (0.909091, 0.751315, 0.909091, 0.751315),
+}
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_frozen_train_steps_give_the_numbers_that_agree_with_official(kind, modes):
+    # The same code, fed the official weights and batches, reproduces 39 metrics of five official
+    # steps to 1e-5. These weights: sorted by name from default_rng(0), normal / sqrt(columns) for
+    # matrices and kernels, 1 + 0.1 normal for norms' scales, 0.1 normal for the rest; then the
+    # batch. No learning, so all that moves are the adaptive scales and the normalisers.
+    space = CONTINUOUS if kind == "continuous" else DISCRETE
+    config = Config(size="paper", **TINY, learning_rate=0.0, slow_every=2)
+    agent = Director(spaces.Dict({"image": IMAGE}), space, config)
+    rng = np.random.default_rng(0)
+    for name, param in sorted(agent.named_parameters()):
+        value = rng.normal(size=param.shape)
+        if param.ndim > 1:
+            value /= math.sqrt(value[0].size)
+        else:
+            value = 0.1 * value + (name.endswith("1.weight") or "image" in name and "weight" in name)
+        param.data.copy_(torch.tensor(value))
+    agent.worker.slow.load_state_dict(agent.worker.critics.state_dict())
+    agent.manager.slow.load_state_dict(agent.manager.critics.state_dict())
+    batch = random_batch(rng, 3, 17, kind == "discrete", agent.sizes["action"])
+    for step in range(3):
+        metrics = agent.train_step(batch)
+        column = {0: 0, 2: 1}.get(step)
+        for name, values in FROZEN.items() if column is not None else ():
+            expected = values[column + 2 * agent.discrete]
+            assert float(metrics[name]) == pytest.approx(expected, rel=2e-4), (step, name)
+
+
+def test_optimizer_clips_decays_matrices_only_and_follows_adam():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.bias.fill_(1.0)
+    optimizer = director.Optimizer(layer, Config(size="paper", learning_rate=0.1))
+    params = [p.detach().double().numpy().copy() for p in (layer.weight, layer.bias)]
+    first, second = [np.zeros((2, 3)), np.zeros(2)], [np.zeros((2, 3)), np.zeros(2)]
+    inputs = np.full(3, 1000.0)
+    for step in range(1, 4):
+        norm = optimizer.minimize((layer(tensor(inputs)) ** 2).sum())
+        out = params[0] @ inputs + params[1]
+        grads = [2 * out[:, None] * inputs, 2 * out]
+        expected = math.sqrt(sum((g**2).sum() for g in grads))
+        assert float(norm) == pytest.approx(expected, rel=1e-3) and expected > 100
+        for i, decay in ((0, 1e-2), (1, 0.0)):
+            grad = grads[i] * 100 / expected
+            first[i] = 0.9 * first[i] + 0.1 * grad
+            second[i] = 0.999 * second[i] + 0.001 * grad**2
+            update = first[i] / (1 - 0.9**step) / (np.sqrt(second[i] / (1 - 0.999**step)) + 1e-6)
+            params[i] = params[i] * (1 - 0.1 * decay) - 0.1 * update
+    close(layer.weight, params[0], rtol=1e-3)
+    close(layer.bias, params[1], rtol=1e-3)
+
+
+def make_agent(space=CONTINUOUS, obs=None, **flags):
+    torch.manual_seed(0)
+    return Director(spaces.Dict(obs or {"image": IMAGE}), space, Config(size="xs", **{**TINY, **flags}))
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+@pytest.mark.parametrize("agent", ["director", "dreamer"])
+def test_each_optimiser_moves_its_own_parameters_and_no_others(space, agent):
+    agent = make_agent(space, agent=agent, slow_every=1000)
+    agent.grad_steps = 1  # past the first copy to the slow critics
+    owned = [p for o in agent.optimizers.values() for p in o.params]
+    assert len(owned) == len(set(owned)) == sum(p.requires_grad for p in agent.parameters())
+    for optimizer in agent.optimizers.values():
+        minimize = optimizer.minimize
+
+        def check(loss, optimizer=optimizer, minimize=minimize):
+            before = {p: p.detach().clone() for p in agent.parameters()}
+            norm = minimize(loss)
+            moved = {p for p, old in before.items() if not torch.equal(p, old)}
+            assert moved and moved <= set(optimizer.params)
+            assert all(p.grad is None for p in agent.parameters())
+            return norm
+
+        optimizer.minimize = check
+    batch = random_batch(np.random.default_rng(0), 2, 9, agent.discrete, agent.sizes["action"])
+    metrics = agent.train_step(batch)
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_discrete_imagination_has_no_graph_and_continuous_one_leads_only_to_actions():
+    for space in (DISCRETE, CONTINUOUS):
+        agent = make_agent(space, worker_extr=0.5)
+        state = torch.randn(4, 16), torch.randn(4, 16)
+        traj = agent.imagine(*state, torch.tensor([False, True, False, False]))
+        assert traj["deter"].shape == (17, 4, 16) and traj["reward_goal"].shape == (16, 4)
+        close(traj["cont"][0], [1, 0, 1, 1])
+        for key in ("reward_goal", "reward_extr", "deter", "cont"):
+            assert traj[key].requires_grad == (space is CONTINUOUS)
+        assert not any(traj[key].requires_grad for key in ("skill", "goal", "reward_expl"))
+        assert len(traj["goal"].unique(dim=0)) == 3  # new goals at 0, 8 and 16
+        close(traj["goal"][7], traj["goal"][0])
+        assert not torch.equal(traj["goal"][8], traj["goal"][7])
+
+
+def test_goal_reward_belongs_to_the_goal_under_which_the_action_was_taken():
+    agent = make_agent(DISCRETE)
+    traj = agent.imagine(torch.randn(4, 16), torch.randn(4, 16), torch.zeros(4, dtype=bool))
+    close(traj["reward_goal"][7], director.max_cosine(traj["goal"][0], traj["deter"][8]))
+    close(traj["reward_goal"][8], director.max_cosine(traj["goal"][8], traj["deter"][9]))
+
+
+def test_back_propagated_actor_gradient_matches_finite_differences(modes):
+    agent = make_agent(CONTINUOUS, horizon=8, goal_duration=8)
+    deter, stoch = torch.randn(6, 16), torch.zeros(6, 16)
+    actor = agent.worker.actor
+
+    def reward():
+        traj = agent.imagine(deter, stoch, torch.zeros(6, dtype=bool))
+        return traj["reward_goal"].double().sum()
+
+    # The stochastic state jumps, and actors see stop-gradient inputs: let neither matter.
+    agent.world_model.rssm.inputs[0].weight.data[:, :16] = 0
+    actor.hidden[0].weight.data.zero_()
+    actor.out.bias.data[:3] = 0.5
+    gradient = torch.autograd.grad(reward(), actor.out.bias)[0]
+    for index in range(3):
+        values = []
+        for eps in (0.01, -0.01):
+            actor.out.bias.data[index] += eps
+            values.append(float(reward()))
+            actor.out.bias.data[index] -= eps
+        assert float(gradient[index]) == pytest.approx((values[0] - values[1]) / 0.02, rel=0.02)
+
+
+def test_policy_restarts_with_each_episode_and_keeps_a_goal_for_eight_steps():
+    agent, rng = make_agent(DISCRETE), np.random.default_rng(0)
+    state, goals = None, []
+    firsts = np.zeros((20, 2), bool)
+    firsts[0] = firsts[11, 1] = True
+    images = rng.integers(0, 256, (20, 2, 64, 64, 3)).astype(np.uint8)
+    for t in range(20):
+        action, state = agent.policy({"image": images[t], "is_first": firsts[t]}, state)
+        assert action.shape == (2, 5) and (action.sum(-1) == 1).all()
+        goals.append(state["goal"])
+    changes = (torch.stack(goals)[1:] != torch.stack(goals)[:-1]).any(-1).T
+    assert (1 + changes[0].nonzero().flatten()).tolist() == [8, 16]
+    assert (1 + changes[1].nonzero().flatten()).tolist() == [8, 11, 19]
+    fresh = agent.policy({"image": images[11], "is_first": ~firsts[11]}, None, "eval")[1]
+    reset = agent.policy({"image": images[11], "is_first": firsts[0]}, state, "eval")[1]
+    close(fresh["deter"], reset["deter"])
+
+
+def test_training_and_acting_filter_the_same_states(modes):
+    agent = make_agent(DISCRETE)
+    batch = random_batch(np.random.default_rng(0), 3, 17, True, 5)
+    with torch.no_grad():
+        states = agent.world_model.observe(agent.tensors(batch))
+        state = None
+        for t in range(17):
+            obs = {key: batch[key][:, t] for key in ("image", "is_first")}
+            if state is not None:
+                state["action"] = torch.tensor(batch["action"][:, t])
+            _, state = agent.policy(obs, state)
+            close(state["deter"], states["deter"][:, t], atol=1e-5)
+
+
+def test_bfloat16_gives_nearly_the_same_losses(modes):
+    batch = random_batch(np.random.default_rng(0), 3, 17, False, 3)
+    full, half = (make_agent(precision=p).train_step(batch) for p in ("float32", "bfloat16"))
+    for name in ("image_loss", "kl", "goal_rec", "worker_goal_reward", "manager_expl_reward"):
+        assert float(half[name]) == pytest.approx(float(full[name]), rel=0.05), name
+
+
+# ---- Learning: each test fails if its piece is disconnected ----------------------------------
+
+
+def pinpad_batch(size=4, length=16):
+    env, rng, rows = PinPad("three"), np.random.default_rng(0), []
+    obs, _ = env.reset(seed=0)
+    for t in range(size * length):
+        action = int(rng.integers(5))
+        if t:
+            obs = env.step(action)[0]
+        rows.append((obs["image"], np.eye(5, dtype=np.float32)[action], np.float32(env.player[0] > 7)))
+    batch = random_batch(rng, size, length, True, 5)
+    for key, values in zip(("image", "action", "reward"), zip(*rows, strict=True), strict=True):
+        batch[key] = np.stack(values).reshape(size, length, *values[0].shape)
+    return batch
+
+
+def test_world_model_overfits_a_batch_and_its_heads_see_reward_and_end():
+    agent = make_agent(
+        DISCRETE, deter=64, hidden=64, units=64, stoch=8, classes=8, cnn_depth=8, learning_rate=1e-3)
+    model, optimizer, batch = agent.world_model, agent.optimizers["model"], agent.tensors(pinpad_batch())
+    first = None
+    for _ in range(250):
+        loss, states, metrics = model.loss(batch)
+        first = first or float(metrics["image_loss"])
+        optimizer.minimize(loss)
+    assert float(metrics["image_loss"]) < 0.02 * first
+    feat = torch.cat([states["deter"], states["stoch"]], -1)
+    reward = director.symexp(model.reward_head(feat))
+    assert ((reward > 0.5) == (batch["reward"] > 0.5)).float().mean() > 0.95
+    ends = model.cont_head(feat) < 0
+    assert torch.equal(ends, batch["is_terminal"])
+
+
+def test_goal_autoencoder_reconstructs_its_states_within_its_budget_of_information():
+    agent = make_agent(units=64, layers=2, learning_rate=2e-3)
+    deter = torch.randn(16, 16, generator=torch.manual_seed(0))
+    for _ in range(400):
+        loss, metrics = agent.goals.loss(deter)
+        agent.optimizers["goal"].minimize(loss)
+    assert float(metrics["goal_rec"]) < 0.1 * float((deter**2).sum(-1).mean())
+    new = torch.randn(64, 16, generator=torch.manual_seed(1))
+    assert agent.goals.novelty(new).mean() > 5 * agent.goals.novelty(deter).mean()
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+def test_worker_learns_to_reach_a_goal_in_a_fixed_world_model(space):
+    agent = make_agent(space, learning_rate=3e-3, discount=0.9)
+    rssm = agent.world_model.rssm
+    rssm.inputs[0].weight.data[:, 16:] *= 3  # actions matter
+    deter, stoch = torch.zeros(64, 16), torch.zeros(64, 16)
+    action = torch.zeros(64, agent.sizes["action"])
+    action[:, 1] = 1.0
+    goal, other = deter, stoch
+    with torch.no_grad():
+        for _ in range(8):
+            goal, other = rssm.imagine(goal, other, action)
+    goal = goal.mean(0).expand(64, -1)
+    agent.propose = lambda state: (torch.zeros(64, 8, 8), goal)
+    rewards = []
+    for step in range(120):
+        traj = agent.imagine(deter, stoch, torch.zeros(64, dtype=bool))
+        rewards.append(float(traj["reward_goal"][4:8].mean()))
+        agent.worker.update(director.split_trajectory(traj, 8), copy_slow=step % 10 == 0)
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.1, (rewards[:5], rewards[-5:])
+
+
+def test_manager_finds_the_code_that_pays():
+    config = Config(size="xs", **{**TINY, "learning_rate": 3e-3})
+    manager = director.ActorCritic(("deter",), 4, (1, 2), True, {"extr": 1.0, "expl": 0.1}, config)
+    deter, torch_seed = torch.zeros(3, 64, 4), torch.manual_seed(0)
+    assert torch_seed
+    for step in range(150):
+        skill = manager.policy(deter).sample().detach()
+        paid = skill[:2, :, 0, 1]
+        traj = {"deter": deter, "action": skill, "cont": torch.ones(3, 64), "reward_extr": paid,
+                "reward_expl": torch.zeros(2, 64)}
+        manager.update(traj, copy_slow=step % 10 == 0)
+    assert manager.policy(deter).probs[0, 0, 0, 1] > 0.75
+
+
+class Corridor(gymnasium.Env):
+    """16 cells; actions stay, left, right; 1 per step at the far end; at best about 85."""
+
+    observation_space, action_space = spaces.Box(0, 1, (16,), np.float32), spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cell = self.steps = 0
+        return np.eye(16, dtype=np.float32)[0], {}
+
+    def step(self, action):
+        self.cell = min(max(self.cell + (0, -1, 1)[action], 0), 15)
+        self.steps += 1
+        obs = np.eye(16, dtype=np.float32)[self.cell]
+        return obs, float(self.cell == 15), False, self.steps >= 100, {}
+
+
+gymnasium.register("Corridor-v0", Corridor)
+SMALL = ["--device=cpu", "--precision=float32", "--size=xs", "--units=32", "--deter=32",
+         "--hidden=32", "--stoch=4", "--classes=4", "--batch_size=8", "--batch_length=32"]
+
+
+@pytest.mark.parametrize(("agent", "grad_steps", "enough"), [("dreamer", 500, 25), ("director", 800, 15)])
+def test_agents_solve_the_corridor(agent, grad_steps, enough, tmp_path):
+    flags = ["--task=gym_Corridor-v0", f"--agent={agent}", *SMALL, "--skill_groups=4",
+             "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=1e-3",
+             "--prefill=1000", "--train_every=4", f"--steps={1000 + 4 * grad_steps}",
+             f"--logdir={tmp_path}"]
+    assert director.main(flags) == 0
+    scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
+    assert np.mean(scores[-4:]) > enough and np.mean(scores[:8]) < 3, scores
+
+
+# ---- Environments ---------------------------------------------------------------------------
+
+
+def play(env, steps, seed=0):
+    """Random and purposeful steps; a digest of all images and rewards, and the return."""
+    rng, digest, total = np.random.default_rng(seed), hashlib.sha256(), 0.0
+    obs, _ = env.reset(seed=seed)
+    for step in range(steps):
+        action = int(rng.integers(5)) if step // 500 % 2 == 0 else towards_next_pad(env)
+        obs, reward, _, truncated, _ = env.step(action)
+        digest.update(obs["image"].tobytes() + bytes([int(reward)]))
+        total += reward
+        if truncated:
+            obs, _ = env.reset()
+    return digest.hexdigest()[:16], total
+
+
+def towards_next_pad(env):
+    """First step of a shortest path to the pad that the sequence needs next."""
+    done = max((k for k in range(len(env.target) + 1) if env.history[-k:] == env.target[:k]), default=0)
+    wanted = min(done + 1, len(env.target))
+    here = env.cells[env.player[1], env.player[0]]
+    came, queue = {env.player: None}, [env.player]
+    for x, y in queue:
+        if env.cells[y, x] == wanted:
+            break
+        for action, (dx, dy) in enumerate(((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))):
+            cell = x + dx, y + dy
+            if cell not in came and env.cells[cell[1], cell[0]] in (0, wanted, here):
+                came[cell] = (x, y), action
+                queue.append(cell)
+    cell, action = (x, y), 0
+    while came[cell]:
+        cell, action = came[cell]
+    return action
+
+
+PINPAD = {
+    "three": ("d9dfe7654ddd74e9", 590.0),
+    "four": ("6bf6e3cf1a7c9494", 400.0),
+    "five": ("086487bf941ce03c", 340.0),
+    "six": ("96ec4330afaeec96", 280.0),
+    "seven": ("e6efd9d239d4f8f1", 200.0),
+    "eight": ("1b6ce678c19b88ae", 200.0),
+}
+
+
+@pytest.mark.parametrize("name", list(director.PADS))
+def test_pinpad_shows_and_pays_what_the_official_environment_does(name):
+    # Each frame and reward of these very steps was compared with the official environment.
+    assert play(PinPad(name), 4000) == PINPAD[name]
+
+
+def test_pinpad_respawns_ten_steps_after_the_reward_with_an_empty_history():
+    env = PinPad("three")
+    env.reset(seed=0)
+    rewards = []
+    while not rewards or not rewards[-1]:
+        rewards.append(env.step(towards_next_pad(env))[1])
+    assert rewards[-1] == 10
+    for _ in range(9):
+        obs, reward, _, _, _ = env.step(0)
+        assert reward == 0 and env.history == (1, 2, 3)
+        assert (obs["image"] == (223, 255, 223)).all(-1).sum() > 1000
+    obs = env.step(0)[0]
+    assert env.history in ((), (int(env.cells[env.player[1], env.player[0]]),))
+    assert not (obs["image"] == (223, 255, 223)).all(-1).any()
+
+
+def has_renderer():
+    try:
+        director.choose_renderer()
+    except director.UserError:
+        return False
+    return True
+
+
+needs_rendering = pytest.mark.skipif(not has_renderer(), reason="no OpenGL on this machine")
+
+
+@pytest.mark.parametrize(("task", "obs", "keys"), [
+    pytest.param("dmc_walker_walk", "pixels", ["image"], marks=needs_rendering),
+    pytest.param("dmc_cup_catch", "both", ["image", "state"], marks=needs_rendering),
+    ("dmc_cartpole_swingup", "state", ["state"]),
+    ("pinpad_six", "pixels", ["image"]),
+    ("gym_CartPole-v1", "auto", ["state"]),
+    ("gym_Pendulum-v1", "state", ["state"])])
+@pytest.mark.filterwarnings("ignore")
+def test_environments_pass_the_gymnasium_checker(task, obs, keys):
+    env = director.make_env(task, Config(task=task, obs=obs))
+    check_env(env, skip_render_check=True)
+    assert list(env.observation_space) == keys
+    if isinstance(env.action_space, spaces.Box):
+        assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+
+
+@needs_rendering
+def test_walker_pixels_show_the_walker_move_and_the_episode_is_truncated_after_1000_steps():
+    env = director.make_env("dmc_walker_walk", Config(task="dmc_walker_walk"))
+    first, _ = env.reset(seed=1)
+    image = env.step(np.ones(6, np.float32))[0]["image"]
+    assert image.std() > 20 and not np.array_equal(image, first["image"])
+    env = director.make_env("dmc_walker_walk", Config(task="dmc_walker_walk", obs="state"))
+    env.reset(seed=1)
+    for step in range(1, 1001):
+        _, _, terminated, truncated, _ = env.step(np.zeros(6, np.float32))
+        assert not terminated and truncated == (step == 1000)
+
+
+class Counter(gymnasium.Env):
+    """Observes its own step and the last action; episodes of 3 to 9 steps, every other one fails."""
+
+    observation_space = spaces.Dict({"state": spaces.Box(-9, 99, (2,), np.float32)})
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.length = 0, 3 + 2 * self.episodes % 7
+        self.episodes += 1
+        return {"state": np.zeros(2, np.float32)}, {}
+
+    def step(self, action):
+        self.time += 1
+        end = self.time == self.length
+        obs = {"state": np.array([self.time, action[0]], np.float32)}
+        return obs, self.time / 10, end and self.episodes % 2 == 0, end and self.episodes % 2 == 1, {}
+
+
+@pytest.mark.parametrize("vector", [SyncVectorEnv, functools.partial(AsyncVectorEnv, context="fork")])
+def test_every_step_arrives_in_replay_once_with_its_action_reward_and_flags(vector):
+    driver = Driver(vector([Counter] * 3, autoreset_mode=AutoresetMode.NEXT_STEP), seed=0)
+    replay, rng, ends = Replay(10**6), np.random.default_rng(0), []
+    replay.add(driver.rows)
+    for _ in range(60):
+        driver.step(driver.random(rng) * 1.5)
+        replay.add(driver.rows)
+        ends += [(driver.length[e], driver.score[e]) for e in range(3) if driver.rows["is_last"][e]]
+    driver.envs.close()
+    assert len(replay.episodes) == len(ends) > 20
+    assert replay.steps == 3 * 61
+    for episode, (length, score) in zip(replay.episodes.values(), ends, strict=True):
+        size = len(episode["reward"])
+        assert length == size - 1 and score == pytest.approx(sum(range(size)) / 10)
+        close(episode["state"][:, 0], np.arange(size))
+        close(episode["reward"], np.arange(size) / 10)
+        close(episode["state"][:, 1], episode["action"][:, 0].clip(-1, 1))
+        assert episode["action"][0] == 0 and (np.abs(episode["action"][1:]) > 0).all()
+        assert episode["is_first"].tolist() == [True] + [False] * (size - 1)
+        assert episode["is_last"].tolist() == [False] * (size - 1) + [True]
+        assert not episode["is_terminal"][:-1].any()
+    terminal = [e["is_terminal"][-1] for e in replay.episodes.values()]
+    assert terminal == [i // 3 % 2 == 1 for i in range(len(terminal))] or 0.3 < np.mean(terminal) < 0.7
+    assert np.abs(np.concatenate([e["action"] for e in replay.episodes.values()])).max() > 1
+
+
+# ---- Replay ---------------------------------------------------------------------------------
+
+
+def filled(lengths, capacity=10**6):
+    """A replay of finished episodes whose state tells episode and step."""
+    replay = Replay(capacity)
+    for index, length in enumerate(lengths):
+        for t in range(length):
+            replay.add({
+                "state": np.array([[index, t]]), "reward": np.zeros(1), "is_first": np.array([t == 0]),
+                "is_last": np.array([t == length - 1])})
+    return replay
+
+
+def test_replay_draws_episodes_uniformly_and_their_ends_more_often():
+    state = filled([20, 40]).sample(20_000, 8)["state"]
+    assert (state[:, :, 0] == state[:, :1, 0]).all() and (np.diff(state[:, :, 1]) == 1).all()
+    assert (state[:, 0, 0] == 0).mean() == pytest.approx(0.5, abs=0.02)
+    starts = state[state[:, 0, 0] == 0][:, 0, 1]
+    for start in range(12):
+        assert (starts == start).mean() == pytest.approx(1 / 21, abs=0.01)
+    assert (starts == 12).mean() == pytest.approx(9 / 21, abs=0.02)
+
+
+def test_replay_fills_chunks_with_whole_short_episodes_marked_by_is_first():
+    batch = filled([3, 5, 2]).sample(500, 8)
+    assert batch["is_first"][:, 0].all()
+    jumps = (np.diff(batch["state"][..., 0]) != 0) | (np.diff(batch["state"][..., 1]) != 1)
+    assert (batch["is_first"][:, 1:] == jumps).all() and jumps.sum(1).min() >= 1
+    assert set(batch["state"][..., 0].flat) == {0, 1, 2}
+
+
+def test_replay_uses_running_episodes_until_one_is_finished():
+    replay = Replay(100)
+    for t in range(12):
+        replay.add({"state": np.array([[0, t]]), "reward": np.zeros(1),
+                    "is_first": np.array([t == 0]), "is_last": np.array([False])})
+    assert set(replay.sample(200, 4)["state"][..., 1].flat) == set(range(12))
+
+
+def test_replay_forgets_the_oldest_episodes_first_and_takes_no_memory_up_front():
+    replay = filled([10] * 20, capacity=100)
+    assert replay.steps <= 100
+    assert {episode["state"][0, 0] for episode in replay.episodes.values()} == set(range(10, 20))
+    assert not Replay(10**6).episodes
+
+
+def test_replay_on_disk_gives_the_same_samples_and_drops_what_it_forgot(tmp_path):
+    replay = filled([10] * 6, capacity=40)
+    replay.add({"state": np.array([[9, 0]]), "reward": np.zeros(1), "is_first": np.array([True]),
+                "is_last": np.array([False])})
+    (tmp_path / "99.npz").write_bytes(b"")
+    lengths = replay.save(tmp_path)
+    replay.clean(tmp_path, lengths)
+    assert len(list(tmp_path.glob("*.npz"))) == len(lengths) == 4
+    loaded = Replay(40)
+    loaded.load(tmp_path, lengths)
+    assert loaded.steps == replay.steps == 31 and len(loaded.episodes) == 4
+
+
+# ---- The command line -----------------------------------------------------------------------
+
+
+def read_metrics(logdir):
+    return [json.loads(line) for line in open(f"{logdir}/metrics.jsonl")]
+
+
+RUN = ["--task=pinpad_three", *TINY_FLAGS, "--batch_size=2", "--batch_length=8", "--train_every=8",
+       "--prefill=100", "--log_every=50", "--envs=2"]
+
+
+def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp_path, capsys):
+    flags = [*RUN, f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=200"]) == 0
+    assert "Training starts after 100 random steps" in capsys.readouterr().out
+    assert director.main([*flags, "--steps=300"]) == 0
+    assert "Resumed at step 200" in capsys.readouterr().out
+    steps = [line["step"] for line in read_metrics(tmp_path) if "train/grad_steps" in line]
+    assert steps == [50, 100, 150, 200, 250, 300]
+    last = read_metrics(tmp_path)[-1]
+    assert last["train/grad_steps"] == 25 and last["train/model_loss"] > 0
+    assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 0
+    assert "mean" in capsys.readouterr().out
+    for other in (["--agent=dreamer"], ["--deter=20"], ["--task=pinpad_four"]):
+        before = (tmp_path / "checkpoint.pt").read_bytes()
+        assert director.main([*flags, *other, "--steps=400"]) == 2
+        assert other[0].split("=")[0] in capsys.readouterr().err
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_equal_seeds_give_equal_metrics_and_others_do_not(tmp_path):
+    results = []
+    for index, seed in enumerate((0, 0, 1)):
+        flags = [*RUN, f"--seed={seed}", "--steps=500", f"--logdir={tmp_path}/{index}"]
+        assert director.main(flags) == 0
+        lines = read_metrics(tmp_path / str(index))
+        assert lines[-1]["train/grad_steps"] == 50
+        results.append([{k: v for k, v in x.items() if "per_second" not in k} for x in lines])
+    assert results[0] == results[1] != results[2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
+    flags = [*RUN, f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=200"]) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        loss = director.GoalAutoencoder.loss
+
+        def broken(self, deter):
+            value, metrics = loss(self, deter)
+            return value * math.nan, {**metrics, "goal_loss": value * math.nan}
+
+        patch.setattr(director.GoalAutoencoder, "loss", broken)
+        assert director.main([*flags, "--steps=300"]) == 1
+    error = capsys.readouterr().err
+    assert "goal_loss is nan at gradient step" in error and error.count("\n") == 1
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--task=dmc_walker_wlak", "--obs=state"], ["dmc_walker_walk", "dmc_cheetah_run"]),
+    (["--task=pinpad_there"], ["did you mean pinpad_three", "pinpad_eight"]),
+    (["--task=gym_CartPole-v7"], ["did you mean gym_CartPole-v1", "gym_Pendulum-v1"]),
+    (["--task=walker"], ["dmc_<domain>_<task>"]),
+    (["--task=pinpad_three", "--obs=state"], ["shows pixels only"]),
+    (["--task=gym_CartPole-v1", "--obs=pixels"], ["shows state only"]),
+    (["--task=gym_FrozenLake-v1"], ["neither an image nor a vector"]),
+    (["--task=gym_Strange-v0"], ["neither Discrete nor"]),
+    (["--horizon=12"], ["multiple of --goal_duration 8"]),
+    (["--batch_length=7"], ["--goal_duration 8"]),
+    (["--batch_size=0"], ["at least 1"]),
+    (["--units=-5"], ["at least 1"]),
+    (["--learning_rate=nan"], ["at least 0"]),
+    (["--discount=1.5"], ["at most 1"]),
+    (["--steps=many"], ["invalid integer value"]),
+    (["--steps=1.5"], ["invalid integer value"]),
+    (["--size=huge"], ["paper"]),
+    (["--no_such_flag"], ["--no_such_flag"]),
+    (["--eval=3", "--task=pinpad_three"], ["checkpoint.pt"])])
+def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
+        flags, words, tmp_path, monkeypatch, capsys):
+    class Strange(Corridor):
+        action_space = spaces.MultiBinary(3)
+
+    if "Strange-v0" not in gymnasium.registry:
+        gymnasium.register("Strange-v0", Strange)
+    monkeypatch.chdir(tmp_path)
+    assert director.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_opengl_is_told_what_to_install(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(director.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(director.UserError, match="libegl1 libgl1-mesa-dri.*--obs state"):
+        director.choose_renderer()
+
+
+def test_help_names_every_flag_and_the_presets_differ():
+    command = [sys.executable, director.__file__, "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(f"--{name}" in text for name in vars(Config()))
+    sizes = [Config(size=size, device="cpu") for size in ("paper", "s", "xs")]
+    assert [c.deter for c in sizes] == [1024, 256, 128] and sizes[0].learning_rate == 1e-4
+    assert Config(size="xs", deter=64).deter == 64
+    with contextlib.suppress(director.UserError):
+        assert Config(device="cuda").size == "paper"
