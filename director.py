@@ -11,12 +11,14 @@ manager is rewarded for task reward and for novelty. Nobody is told what a good 
     python director.py --help                       every flag
 
 Where the paper is in this file:
-    Section 2.1, eq. 1-2   world model               WorldModel, RSSM, balanced_kl
-    Section 2.2, eq. 3-4   goal autoencoder          GoalAutoencoder
-    Section 2.3, eq. 5-7   manager, novelty          Director.imagine, abstract_trajectory,
-                                                     GoalAutoencoder.novelty, ActorCritic
-    Section 2.4, eq. 8     worker, goal reward       max_cosine, split_trajectory, ActorCritic
-    Appendix               returns, normalisation    lambda_return, Normalizer, AutoAdapt
+    Section 2.1, eq. 1-2   world model              WorldModel, RSSM, balanced_kl
+    Section 2.2, eq. 3-4   goal autoencoder         GoalAutoencoder
+    Section 2.3            manager                  Director.propose, abstract_trajectory
+                 eq. 6     exploration reward       GoalAutoencoder.novelty
+    Section 2.4            worker                   Director.imagine, split_trajectory
+                 eq. 8     goal reward              max_cosine
+    both                   learning in imagination  ActorCritic, lambda_return, trajectory_weights,
+                                                    Normalizer, AutoAdapt
 
 Symbols in shape comments (trajectories are time-major):
     B  batch of replay chunks       D    deterministic state       F  features of a state,
@@ -940,7 +942,7 @@ class ActorCritic(nn.Module):
 
     keys, inputs: the parts of a trajectory that both see, and their total size. weights: those
     of the rewards. Discrete actions learn by REINFORCE, continuous ones by back-propagation of
-    the returns through the dynamics into the actions (paper, eq. 7 and Section 2.4).
+    the returns through the dynamics into the actions (paper, Sections 2.3 and 2.4).
     """
 
     def __init__(self, keys: tuple, inputs: int, shape: tuple, discrete: bool,
@@ -1032,7 +1034,7 @@ def max_cosine(goal: Tensor, feat: Tensor) -> Tensor:
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -> Tensor:
-    """R[t] = r[t] + d[t] ((1 - lam) v[t+1] + lam R[t+1]), R[H] = v[H] (paper, eq. 7).
+    """R[t] = r[t] + d[t] ((1 - lam) v[t+1] + lam R[t+1]), R[H] = v[H].
 
     [H, ...], [H+1, ...], [H, ...] -> [H, ...]; `discount` includes the continuation.
     """
@@ -1132,7 +1134,7 @@ class Director(nn.Module):
         return {k: torch.as_tensor(v, device=self.config.device) for k, v in arrays.items()}
 
     def propose(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The manager's choice: skill [..., G, L] and goal [..., D] (eq. 5)."""
+        """The manager's choice: skill [..., G, L] and goal [..., D] (paper, Section 2.3)."""
         skill = self.manager.policy(self.manager.inputs(state)).sample()
         return skill, self.goals.decode(skill)
 

@@ -91,8 +91,9 @@ def counting_trajectory(horizon=16, amount=3):
     """Each element tells its time (hundreds) and its column."""
     index = tensor(np.arange(horizon + 1)[:, None] * 100 + np.arange(amount))
     return {
-        "deter": index[..., None].repeat(1, 1, 2), "goal": index[..., None] // 800, "cont": index / 1e4,
-        "action": index[..., None], "skill": index[..., None, None], "reward_goal": index[1:]}
+        "deter": index[..., None].repeat(1, 1, 2), "goal": index[..., None] // 800,
+        "cont": index / 1e4, "action": index[..., None], "skill": index[..., None, None],
+        "reward_goal": index[1:]}
 
 
 def test_split_trajectory_cuts_segments_that_share_a_state_and_keep_their_goal():
@@ -137,7 +138,8 @@ def test_balanced_kl_matches_torch_and_balances_gradients():
 
 def test_auto_adapt_moves_by_ten_percent_outside_the_band_and_stays_inside():
     adapt = director.AutoAdapt((), target=3.5, low=0.9, high=1.2)
-    for mean, scale in ((3.9, 1.1), (9.0, 1.2), (3.5, 1.2), (3.0, 1.2 / 1.1), (0.0, 0.99174), (0, 0.9016)):
+    expected = (3.9, 1.1), (9.0, 1.2), (3.5, 1.2), (3.0, 1.2 / 1.1), (0.0, 0.99174), (0.0, 0.9016)
+    for mean, scale in expected:
         close(adapt(torch.full((2, 3), float(mean))), np.full((2, 3), mean * scale), rtol=1e-4)
     adapt = director.AutoAdapt((2,), target=0.5, low=1e-5, high=1e2, inverse=True)
     close(adapt(tensor([[0.3, 0.9]])), [[-0.3 * 1.1, -0.9 / 1.1]])
@@ -165,7 +167,8 @@ def test_one_hot_matches_torch_and_samples_with_straight_through_gradients():
     logits = torch.randn(3, 4, requires_grad=True)
     dist, reference = director.OneHot(logits), torch.distributions.Categorical(logits=logits)
     close(dist.entropy(), reference.entropy().detach())
-    close(dist.log_prob(torch.eye(4)[[0, 1, 2]]), reference.log_prob(torch.tensor([0, 1, 2])).detach())
+    expected = reference.log_prob(torch.tensor([0, 1, 2])).detach()
+    close(dist.log_prob(torch.eye(4)[[0, 1, 2]]), expected)
     samples = torch.stack([dist.sample() for _ in range(4000)])
     assert ((samples.detach() - samples.detach().round()).abs() < 1e-6).all()
     close(samples.mean(0), reference.probs.detach(), rtol=0, atol=0.03)
@@ -194,52 +197,54 @@ def test_bounded_normal_matches_torch_and_normalises_entropy():
 @pytest.fixture
 def modes(monkeypatch):
     """Replace every sample by the mode, as in the runs of the official code."""
-    hard = director.one_hot_max
-    monkeypatch.setattr(director.OneHot, "sample", lambda d: hard(d.probs) + (d.probs - d.probs.detach()))
+    def mode(dist):
+        return director.one_hot_max(dist.probs) + (dist.probs - dist.probs.detach())
+
+    monkeypatch.setattr(director.OneHot, "sample", mode)
     monkeypatch.setattr(director.BoundedNormal, "sample", lambda d: d.mean)
 
 
 FROZEN = {  # continuous actions: steps 1 and 3; discrete actions: steps 1 and 3
-    "image_loss": (1163.03, 1163.03, 1169.22, 1169.22),
-    "reward_loss": (0.526447, 0.526447, 1.27836, 1.27836),
-    "cont_loss": (0.829196, 0.829196, 0.51932, 0.51932),
-    "kl_loss": (1.96095, 1.62062, 1.69167, 1.39808),
-    "model_loss": (1166.34, 1166, 1172.71, 1172.41),
-    "kl": (2.15705, 2.15705, 1.86084, 1.86084),
+    "image_loss": (1163.03, 1163.24, 1169.22, 1169.48),
+    "reward_loss": (0.526447, 0.598094, 1.27836, 1.05647),
+    "cont_loss": (0.829196, 0.856345, 0.51932, 0.549207),
+    "kl_loss": (1.96095, 1.33289, 1.69167, 1.17342),
+    "model_loss": (1166.34, 1166.03, 1172.71, 1172.26),
+    "kl": (2.15705, 1.77407, 1.86084, 1.56183),
     "kl_scale": (0.909091, 0.751315, 0.909091, 0.751315),
-    "prior_ent": (4.65364, 4.65364, 4.89833, 4.89833),
-    "post_ent": (4.67197, 4.67197, 4.7044, 4.7044),
-    "model_grad_norm": (218.706, 218.677, 209.204, 209.102),
-    "goal_loss": (12.8188, 12.4669, 14.5208, 14.2459),
-    "goal_rec": (10.7915, 10.7915, 12.9369, 12.9369),
-    "goal_kl": (2.22994, 2.22994, 1.74224, 1.74224),
+    "prior_ent": (4.65364, 4.77287, 4.89833, 4.96775),
+    "post_ent": (4.67197, 4.6966, 4.7044, 4.71624),
+    "model_grad_norm": (218.706, 216.789, 209.204, 208.729),
+    "goal_loss": (12.8188, 13.5402, 14.5208, 15.2059),
+    "goal_rec": (10.7915, 11.6876, 12.9369, 13.7588),
+    "goal_kl": (2.22994, 2.46586, 1.74224, 1.92608),
     "goal_kl_scale": (0.909091, 0.751315, 0.909091, 0.751315),
-    "goal_grad_norm": (25.1629, 25.1107, 25.8177, 25.79),
-    "worker_goal_critic_loss": (0.0815407, 0.0815407, 0.185676, 0.185676),
-    "worker_goal_critic_grad_norm": (0.487363, 0.487363, 1.36459, 1.36459),
-    "worker_goal_reward": (0.0602006, 0.0602006, 0.0414766, 0.0414766),
-    "worker_goal_return": (0.363608, 0.363608, -0.341087, -0.341087),
-    "worker_goal_value": (1.05124, 1.05124, -1.51069, -1.51069),
-    "worker_goal_score": (-2.0464, -2.0464, 1.67627, 1.67627),
-    "worker_actor_loss": (-0.482651, -0.400682, -0.175816, -0.141663),
-    "worker_actor_grad_norm": (0.153372, 0.137252, 0.224441, 0.22449),
-    "worker_ent": (0.813417, 0.813417, 0.895097, 0.895097),
+    "goal_grad_norm": (25.1629, 25.4858, 25.8177, 28.5142),
+    "worker_goal_critic_loss": (0.0815407, 0.0932859, 0.185676, 0.134718),
+    "worker_goal_critic_grad_norm": (0.487363, 0.63694, 1.36459, 1.07155),
+    "worker_goal_reward": (0.0602006, 0.0499017, 0.0414766, 0.0311097),
+    "worker_goal_return": (0.363608, 0.368679, -0.341087, -0.29698),
+    "worker_goal_value": (1.05124, 1.12573, -1.51069, -1.32834),
+    "worker_goal_score": (-2.0464, -2.14338, 1.67627, 1.61093),
+    "worker_actor_loss": (-0.482651, -0.413853, -0.175816, -0.175013),
+    "worker_actor_grad_norm": (0.153372, 0.139108, 0.224441, 0.243334),
+    "worker_ent": (0.813417, 0.814302, 0.895097, 0.888085),
     "worker_ent_scale": (0.909091, 0.751315, 0.909091, 0.751315),
-    "manager_extr_critic_loss": (0.414396, 0.414396, 0.22944, 0.22944),
-    "manager_extr_critic_grad_norm": (2.9716, 2.9716, 1.3951, 1.3951),
-    "manager_extr_reward": (0.22559, 0.22559, 0.423101, 0.423101),
-    "manager_extr_return": (0.252585, 0.252585, 0.410432, 0.410432),
-    "manager_extr_value": (-0.233938, -0.233938, -0.859537, -0.859537),
-    "manager_extr_score": (0.798612, 0.798612, 2.79175, 2.79175),
-    "manager_expl_critic_loss": (0.0302456, 0.0302456, 0.0564199, 0.0564199),
-    "manager_expl_critic_grad_norm": (0.38541, 0.38541, 0.554368, 0.554368),
-    "manager_expl_reward": (0.166471, 0.166471, 0.206894, 0.206894),
-    "manager_expl_return": (0.190964, 0.190964, 0.208897, 0.208897),
-    "manager_expl_value": (0.0397191, 0.0397191, 0.234411, 0.234411),
-    "manager_expl_score": (0.902566, 0.902566, -0.422024, -0.422024),
-    "manager_actor_loss": (0.253877, 0.808091, -5.77204, -5.2284),
-    "manager_actor_grad_norm": (1.63391, 1.72361, 2.1927, 2.09616),
-    "manager_ent": (0.874442, 0.874442, 0.869877, 0.869877),
+    "manager_extr_critic_loss": (0.414396, 0.293982, 0.22944, 0.294663),
+    "manager_extr_critic_grad_norm": (2.9716, 2.07957, 1.3951, 1.63643),
+    "manager_extr_reward": (0.22559, 0.190059, 0.423101, 0.4162),
+    "manager_extr_return": (0.252585, 0.231817, 0.410432, 0.404631),
+    "manager_extr_value": (-0.233938, -0.0916245, -0.859537, -0.877673),
+    "manager_extr_score": (0.798612, 0.53544, 2.79175, 3.07444),
+    "manager_expl_critic_loss": (0.0302456, 0.0442598, 0.0564199, 0.129961),
+    "manager_expl_critic_grad_norm": (0.38541, 0.434911, 0.554368, 0.944853),
+    "manager_expl_reward": (0.166471, 0.173581, 0.206894, 0.217259),
+    "manager_expl_return": (0.190964, 0.200644, 0.208897, 0.219829),
+    "manager_expl_value": (0.0397191, 0.0236189, 0.234411, 0.228765),
+    "manager_expl_score": (0.902566, 1.09774, -0.422024, -0.136852),
+    "manager_actor_loss": (0.253877, -0.245371, -5.77204, -4.32648),
+    "manager_actor_grad_norm": (1.63391, 1.13602, 2.1927, 2.29085),
+    "manager_ent": (0.874442, 0.870507, 0.869877, 0.868686),
     "manager_ent_scale": (0.909091, 0.751315, 0.909091, 0.751315),
 }
 
@@ -248,8 +253,8 @@ FROZEN = {  # continuous actions: steps 1 and 3; discrete actions: steps 1 and 3
 def test_frozen_train_steps_give_the_numbers_that_agree_with_official(kind, modes):
     # The same code, fed the official weights and batches, reproduces 39 metrics of five official
     # steps to 1e-5. These weights: sorted by name from default_rng(0), normal / sqrt(columns) for
-    # matrices and kernels, 1 + 0.1 normal for norms' scales, 0.1 normal for the rest; then the
-    # batch. No learning, so all that moves are the adaptive scales and the normalisers.
+    # matrices and kernels, 1 + 0.1 normal for norms' scales, 0.1 normal for the rest; then a batch
+    # a step. No learning, so all that moves are the adaptive scales and the normalisers.
     space = CONTINUOUS if kind == "continuous" else DISCRETE
     config = Config(size="paper", **TINY, learning_rate=0.0, slow_every=2)
     agent = Director(spaces.Dict({"image": IMAGE}), space, config)
@@ -259,12 +264,13 @@ def test_frozen_train_steps_give_the_numbers_that_agree_with_official(kind, mode
         if param.ndim > 1:
             value /= math.sqrt(value[0].size)
         else:
-            value = 0.1 * value + (name.endswith("1.weight") or "image" in name and "weight" in name)
+            norm_scale = name.endswith("1.weight") or ("image" in name and "weight" in name)
+            value = 0.1 * value + norm_scale
         param.data.copy_(torch.tensor(value))
     agent.worker.slow.load_state_dict(agent.worker.critics.state_dict())
     agent.manager.slow.load_state_dict(agent.manager.critics.state_dict())
-    batch = random_batch(rng, 3, 17, kind == "discrete", agent.sizes["action"])
     for step in range(3):
+        batch = random_batch(rng, 3, 17, agent.discrete, agent.sizes["action"])
         metrics = agent.train_step(batch)
         column = {0: 0, 2: 1}.get(step)
         for name, values in FROZEN.items() if column is not None else ():
@@ -299,7 +305,8 @@ def test_optimizer_clips_decays_matrices_only_and_follows_adam():
 
 def make_agent(space=CONTINUOUS, obs=None, **flags):
     torch.manual_seed(0)
-    return Director(spaces.Dict(obs or {"image": IMAGE}), space, Config(size="xs", **{**TINY, **flags}))
+    config = Config(size="xs", **{**TINY, **flags})
+    return Director(spaces.Dict(obs or {"image": IMAGE}), space, config)
 
 
 @pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
@@ -324,6 +331,16 @@ def test_each_optimiser_moves_its_own_parameters_and_no_others(space, agent):
     batch = random_batch(np.random.default_rng(0), 2, 9, agent.discrete, agent.sizes["action"])
     metrics = agent.train_step(batch)
     assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_slow_critics_are_copies_from_after_the_first_step_and_then_each_nth():
+    agent, fresh = make_agent(DISCRETE, slow_every=3), []
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    for _ in range(7):
+        agent.train_step(batch)
+        weights = agent.manager.critics["expl"].out.weight, agent.manager.slow["expl"].out.weight
+        fresh.append(torch.equal(*weights))
+    assert fresh == [True, False, False, True, False, False, True]
 
 
 def test_discrete_imagination_has_no_graph_and_continuous_one_leads_only_to_actions():
@@ -420,7 +437,8 @@ def pinpad_batch(size=4, length=16):
         action = int(rng.integers(5))
         if t:
             obs = env.step(action)[0]
-        rows.append((obs["image"], np.eye(5, dtype=np.float32)[action], np.float32(env.player[0] > 7)))
+        reward = np.float32(env.player[0] > 7)
+        rows.append((obs["image"], np.eye(5, dtype=np.float32)[action], reward))
     batch = random_batch(rng, size, length, True, 5)
     for key, values in zip(("image", "action", "reward"), zip(*rows, strict=True), strict=True):
         batch[key] = np.stack(values).reshape(size, length, *values[0].shape)
@@ -428,10 +446,10 @@ def pinpad_batch(size=4, length=16):
 
 
 def test_world_model_overfits_a_batch_and_its_heads_see_reward_and_end():
-    agent = make_agent(
-        DISCRETE, deter=64, hidden=64, units=64, stoch=8, classes=8, cnn_depth=8, learning_rate=1e-3)
-    model, optimizer, batch = agent.world_model, agent.optimizers["model"], agent.tensors(pinpad_batch())
-    first = None
+    agent = make_agent(DISCRETE, deter=64, hidden=64, units=64, stoch=8, classes=8, cnn_depth=8,
+                       learning_rate=1e-3)
+    model, optimizer, first = agent.world_model, agent.optimizers["model"], None
+    batch = agent.tensors(pinpad_batch())
     for _ in range(250):
         loss, states, metrics = model.loss(batch)
         first = first or float(metrics["image_loss"])
@@ -492,36 +510,33 @@ def test_manager_finds_the_code_that_pays():
 
 
 class Corridor(gymnasium.Env):
-    """16 cells; actions stay, left, right; 1 per step at the far end; at best about 85."""
+    """Eight cells; actions stay, left, right; 1 per step at the far end; at best 43 in 50 steps."""
 
-    observation_space, action_space = spaces.Box(0, 1, (16,), np.float32), spaces.Discrete(3)
+    observation_space, action_space = spaces.Box(0, 1, (8,), np.float32), spaces.Discrete(3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.cell = self.steps = 0
-        return np.eye(16, dtype=np.float32)[0], {}
+        return np.eye(8, dtype=np.float32)[0], {}
 
     def step(self, action):
-        self.cell = min(max(self.cell + (0, -1, 1)[action], 0), 15)
+        self.cell = min(max(self.cell + (0, -1, 1)[action], 0), 7)
         self.steps += 1
-        obs = np.eye(16, dtype=np.float32)[self.cell]
-        return obs, float(self.cell == 15), False, self.steps >= 100, {}
+        obs = np.eye(8, dtype=np.float32)[self.cell]
+        return obs, float(self.cell == 7), False, self.steps >= 50, {}
 
 
 gymnasium.register("Corridor-v0", Corridor)
-SMALL = ["--device=cpu", "--precision=float32", "--size=xs", "--units=32", "--deter=32",
-         "--hidden=32", "--stoch=4", "--classes=4", "--batch_size=8", "--batch_length=32"]
 
 
-@pytest.mark.parametrize(("agent", "grad_steps", "enough"), [("dreamer", 500, 25), ("director", 800, 15)])
-def test_agents_solve_the_corridor(agent, grad_steps, enough, tmp_path):
-    flags = ["--task=gym_Corridor-v0", f"--agent={agent}", *SMALL, "--skill_groups=4",
-             "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=1e-3",
-             "--prefill=1000", "--train_every=4", f"--steps={1000 + 4 * grad_steps}",
-             f"--logdir={tmp_path}"]
+def test_the_flat_agent_solves_a_corridor(tmp_path):
+    flags = ["--task=gym_Corridor-v0", "--agent=dreamer", "--device=cpu", "--precision=float32",
+             "--size=xs", "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
+             "--horizon=8", "--learning_rate=1e-3", "--prefill=1000", "--train_every=4",
+             "--steps=2600", f"--logdir={tmp_path}"]
     assert director.main(flags) == 0
     scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
-    assert np.mean(scores[-4:]) > enough and np.mean(scores[:8]) < 3, scores
+    assert np.mean(scores[:20]) < 8 and np.mean(scores[-8:]) > 20, scores
 
 
 # ---- Environments ---------------------------------------------------------------------------
@@ -543,7 +558,8 @@ def play(env, steps, seed=0):
 
 def towards_next_pad(env):
     """First step of a shortest path to the pad that the sequence needs next."""
-    done = max((k for k in range(len(env.target) + 1) if env.history[-k:] == env.target[:k]), default=0)
+    matches = [k for k in range(len(env.target) + 1) if env.history[-k:] == env.target[:k]]
+    done = max(matches, default=0)
     wanted = min(done + 1, len(env.target))
     here = env.cells[env.player[1], env.player[0]]
     came, queue = {env.player: None}, [env.player]
@@ -634,9 +650,9 @@ def test_walker_pixels_show_the_walker_move_and_the_episode_is_truncated_after_1
 
 
 class Counter(gymnasium.Env):
-    """Observes its own step and the last action; episodes of 3 to 9 steps, every other one fails."""
+    """Observes its step, last action and episode; every other episode ends in failure."""
 
-    observation_space = spaces.Dict({"state": spaces.Box(-9, 99, (2,), np.float32)})
+    observation_space = spaces.Dict({"state": spaces.Box(-9, 99, (3,), np.float32)})
     action_space = spaces.Box(-1, 1, (1,), np.float32)
     episodes = 0
 
@@ -644,16 +660,20 @@ class Counter(gymnasium.Env):
         super().reset(seed=seed)
         self.time, self.length = 0, 3 + 2 * self.episodes % 7
         self.episodes += 1
-        return {"state": np.zeros(2, np.float32)}, {}
+        return {"state": np.array([0, 0, self.episodes], np.float32)}, {}
 
     def step(self, action):
         self.time += 1
         end = self.time == self.length
-        obs = {"state": np.array([self.time, action[0]], np.float32)}
-        return obs, self.time / 10, end and self.episodes % 2 == 0, end and self.episodes % 2 == 1, {}
+        obs = {"state": np.array([self.time, action[0], self.episodes], np.float32)}
+        fails = self.episodes % 2 == 0
+        return obs, self.time / 10, end and fails, end and not fails, {}
 
 
-@pytest.mark.parametrize("vector", [SyncVectorEnv, functools.partial(AsyncVectorEnv, context="fork")])
+VECTORS = [SyncVectorEnv, functools.partial(AsyncVectorEnv, context="fork")]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=["sync", "async"])
 def test_every_step_arrives_in_replay_once_with_its_action_reward_and_flags(vector):
     driver = Driver(vector([Counter] * 3, autoreset_mode=AutoresetMode.NEXT_STEP), seed=0)
     replay, rng, ends = Replay(10**6), np.random.default_rng(0), []
@@ -675,8 +695,7 @@ def test_every_step_arrives_in_replay_once_with_its_action_reward_and_flags(vect
         assert episode["is_first"].tolist() == [True] + [False] * (size - 1)
         assert episode["is_last"].tolist() == [False] * (size - 1) + [True]
         assert not episode["is_terminal"][:-1].any()
-    terminal = [e["is_terminal"][-1] for e in replay.episodes.values()]
-    assert terminal == [i // 3 % 2 == 1 for i in range(len(terminal))] or 0.3 < np.mean(terminal) < 0.7
+        assert episode["is_terminal"][-1] == (episode["state"][-1, 2] % 2 == 0)
     assert np.abs(np.concatenate([e["action"] for e in replay.episodes.values()])).max() > 1
 
 
@@ -689,8 +708,8 @@ def filled(lengths, capacity=10**6):
     for index, length in enumerate(lengths):
         for t in range(length):
             replay.add({
-                "state": np.array([[index, t]]), "reward": np.zeros(1), "is_first": np.array([t == 0]),
-                "is_last": np.array([t == length - 1])})
+                "state": np.array([[index, t]]), "reward": np.zeros(1),
+                "is_first": np.array([t == 0]), "is_last": np.array([t == length - 1])})
     return replay
 
 
