@@ -34,30 +34,44 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 import time
+import traceback
+import zipfile
 
 import gymnasium
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tqdm
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 # ---- Configuration --------------------------------------------------------------------------
 
 
 class UserError(ValueError):
     """A mistake of the user's: `main` prints it in one line and exits with code 2."""
+
+
+class RunError(RuntimeError):
+    """Why a run cannot go on: `main` prints it in one line and exits with code 1."""
 
 
 def option(default, text: str, *choices: str):
@@ -86,6 +100,7 @@ class Config:
     eval: int = option(0, "play this many episodes with the agent in --logdir, and exit")
     log_every: int = option(1000, "environment steps between two log lines")
     save_every: float = option(300.0, "seconds between two checkpoints")
+    video_every: int = option(20_000, "environment steps between two sets of pictures")
     # Data
     envs: int = option(4, "environments that are played side by side")
     prefill: int = option(10_000, "random environment steps before training starts")
@@ -392,14 +407,48 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
     return env
 
 
+class Guard(gymnasium.Wrapper):
+    """Makes an environment anew when it raises or is not finite, and closes its episode.
+
+    That episode ends truncated; `info["error"]` is the traceback.
+    """
+
+    def __init__(self, make):
+        super().__init__(make())
+        self.make = make
+        if multiprocessing.parent_process():  # Ctrl-C is for the main process to handle
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def reset(self, **kwargs):
+        try:
+            self.last, info = self.env.reset(**kwargs)
+        except Exception:  # noqa: BLE001, whatever it raises
+            error = traceback.format_exc()
+            self.env = self.make()
+            self.last, info = self.env.reset(**kwargs)
+            info = {**info, "error": error}
+        return self.last, info
+
+    def step(self, action):
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            if not all(np.isfinite(x).all() for x in (reward, *obs.values())):
+                raise ValueError(f"observation or reward is not finite: {reward}, {obs}")
+            self.last = obs
+        except Exception:  # noqa: BLE001, whatever it raises
+            self.env = self.make()
+            return self.last, 0.0, False, True, {"error": traceback.format_exc()}
+        return obs, reward, terminated, truncated, info
+
+
 def make_envs(config: Config, amount: int) -> gymnasium.vector.VectorEnv:
     """Environments side by side: each in its own process, cheap ones in this one.
 
     Autoreset is NEXT_STEP: the last observation of an episode comes with its reward and flags;
     the step after that ignores its action and brings the first observation of the next one.
     """
-    make = [functools.partial(make_env, config.task, config)] * amount
-    make[0]().close()  # a user's mistake shows here, without a process in between
+    make_env(config.task, config).close()  # a user's mistake shows here, in this process
+    make = [functools.partial(Guard, functools.partial(make_env, config.task, config))] * amount
     if config.task.startswith(("pinpad_", "gym_")) and not config.task.startswith("gym_ALE/"):
         return SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
     # Forked workers start at once and share memory; they use neither torch nor the GPU.
@@ -438,7 +487,8 @@ class Driver:
             command = action.argmax(-1) + self.space.start
         else:
             command = np.float32(action.clip(-1, 1))
-        obs, reward, terminated, truncated, _ = self.envs.step(command)
+        obs, reward, terminated, truncated, info = self.envs.step(command)
+        self.errors = [error for error in info.get("error", ()) if error]
         self.update(obs, action, reward, is_first, terminated | truncated, terminated)
 
     def update(self, obs, action, reward, is_first, is_last, is_terminal):
@@ -510,19 +560,24 @@ class Replay:
         episodes = {**self.episodes, **dict(self.running.values())}
         for name, episode in episodes.items():
             if self.saved.get(name) != len(episode["reward"]):
-                np.savez_compressed(folder / "new.tmp.npz", **episode)
-                os.replace(folder / "new.tmp.npz", folder / f"{name}.npz")
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, **episode)
+                write_file(folder / f"{name}.npz", buffer)
                 self.saved[name] = len(episode["reward"])
         return {str(name): len(episode["reward"]) for name, episode in episodes.items()}
 
     def load(self, folder: pathlib.Path, lengths: dict[str, int]):
         """Read what `save` wrote; episodes that were running end where they were."""
         for name, length in lengths.items():
-            with np.load(folder / f"{name}.npz") as file:
-                self.episodes[int(name)] = {key: file[key][:length] for key in file}
-        self.saved = {int(name): length for name, length in lengths.items()}
-        self.names = itertools.count(max(self.saved) + 1)
-        self.steps = sum(lengths.values())
+            try:
+                with np.load(folder / f"{name}.npz") as file:
+                    episode = {key: file[key][:length] for key in file}
+                self.steps += len(episode["reward"])
+                self.episodes[int(name)] = episode
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                print(f"Without {folder}/{name}.npz, which cannot be read: {error}")
+        self.saved = {name: len(episode["reward"]) for name, episode in self.episodes.items()}
+        self.names = itertools.count(max(map(int, lengths), default=-1) + 1)
 
     def clean(self, folder: pathlib.Path, lengths: dict[str, int]):
         """Delete the files of episodes that have left the replay."""
@@ -1231,14 +1286,31 @@ class Director(nn.Module):
         return {key: value.detach() for key, value in metrics.items()}
 
 
-# ---- Training and evaluation ----------------------------------------------------------------
+# ---- Logging, pictures, checkpoints ---------------------------------------------------------
+
+
+def write_file(path: pathlib.Path, buffer: io.BytesIO, backup: pathlib.Path | None = None):
+    """Write a file such that at any time there is the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if backup and path.exists():
+        os.replace(path, backup)
+    os.replace(temporary, path)
 
 
 class Run:
     """The state of a run, which is what a checkpoint holds, and the folder where it is kept.
 
-    In `logdir`: checkpoint.pt (weights, optimisers, counters, random states), replay/ (episodes),
-    metrics.jsonl, config.json.
+    In `logdir`: checkpoint.pt (weights, optimisers, counters, random states, metrics since the
+    last log line) and the one before, replay/ (episodes), metrics.jsonl, TensorBoard's events,
+    pictures/, config.json.
     """
 
     def __init__(self, config: Config, envs: gymnasium.vector.VectorEnv):
@@ -1250,28 +1322,44 @@ class Run:
         self.step = 0  # environment steps
         self.pending = 0  # environment steps since the last gradient step
         self.metrics = []  # of the gradient steps since the last log line
+        self.best = -math.inf  # score
+        self.paths = [self.logdir / name for name in ("checkpoint.pt", "previous.pt")]
+        self.writer, self.kept = None, {}
 
     def save(self):
         """Write the episodes, then the checkpoint that lists them, then forget old episodes."""
-        folder, path = self.logdir / "replay", self.logdir / "checkpoint.pt"
-        state = {
+        self.check()
+        folder, buffer = self.logdir / "replay", io.BytesIO()
+        episodes = self.replay.save(folder)
+        torch.save({
             "config": dataclasses.asdict(self.config), "agent": self.agent.state_dict(),
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            "counters": [self.step, self.pending, self.agent.grad_steps],
+            "counters": [self.step, self.pending, self.agent.grad_steps, self.best],
             "rngs": [self.rng.bit_generator.state, self.replay.rng.bit_generator.state],
-            "torch_rng": torch.get_rng_state(), "episodes": self.replay.save(folder)}
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-        self.replay.clean(folder, state["episodes"])
+            "torch_rngs": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            "metrics": self.metrics, "episodes": episodes}, buffer)
+        write_file(self.paths[0], buffer, backup=self.paths[1])
+        self.replay.clean(folder, {**self.kept, **episodes})
+        self.kept = episodes
 
     def load(self) -> bool:
-        """Continue from the checkpoint in `logdir`, if there is one; UserError if it differs."""
-        path = self.logdir / "checkpoint.pt"
-        if not path.exists():
+        """Continue from the newest readable checkpoint; UserError if it is of another run."""
+        paths = [path for path in self.paths if path.exists()]
+        for path in paths:
+            try:
+                state = torch.load(path, map_location=self.config.device, weights_only=True)
+                counters, episodes = state["counters"], state["episodes"]
+                break
+            except Exception as error:  # noqa: BLE001, truncated or foreign, all can happen
+                reason = str(error).split("\n")[0]
+                print(f"{path} cannot be read: {reason}", file=sys.stderr)
+        else:
+            if paths:
+                raise UserError(f"--logdir {self.logdir}: no checkpoint there can be read; move "
+                                "them away to start anew, or use another --logdir")
             return False
-        state = torch.load(path, map_location=self.config.device, weights_only=True)
         for key in ("task", "obs", "agent", "deter", "hidden", "stoch", "classes", "units",
-                    "layers", "cnn_depth", "skill_groups", "skill_classes"):
+                    "layers", "cnn_depth", "skill_groups", "skill_classes", "worker_extr"):
             old, new = state["config"][key], getattr(self.config, key)
             if old != new:
                 raise UserError(f"--logdir {self.logdir}: holds a run with --{key} {old}, not "
@@ -1279,11 +1367,50 @@ class Run:
         self.agent.load_state_dict(state["agent"])
         for key, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
-        self.step, self.pending, self.agent.grad_steps = state["counters"]
+        self.step, self.pending, self.agent.grad_steps, self.best = counters
         self.rng.bit_generator.state, self.replay.rng.bit_generator.state = state["rngs"]
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.replay.load(self.logdir / "replay", state["episodes"])
+        torch.set_rng_state(state["torch_rngs"][0].cpu())
+        torch.cuda.set_rng_state_all([x.cpu() for x in state["torch_rngs"][1:]])
+        self.metrics, self.kept = state["metrics"], episodes
+        self.replay.load(self.logdir / "replay", episodes)
         return True
+
+    def open(self):
+        """Start to write: forget metrics from after the checkpoint, which will come again."""
+        self.logdir.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(dataclasses.asdict(self.config), indent=2)
+        write_file(self.logdir / "config.json", io.BytesIO(config.encode()))
+        path, lines = self.logdir / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a half-written last line
+                if json.loads(line)["step"] <= self.step:
+                    lines.append(line + "\n")
+        write_file(path, io.BytesIO("".join(lines).encode()))
+        self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
+
+    def log(self, metrics: dict[str, float]):
+        """Append to metrics.jsonl, and to TensorBoard's events under the same names."""
+        with open(self.logdir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, self.step)
+
+    def check(self) -> Tensor:
+        """The metrics since the last log line, [rows, names]; RunError if one is not finite."""
+        rows = [torch.stack(list(row.values())) for row in self.metrics]
+        table = torch.stack(rows).cpu() if rows else torch.zeros(0, 0)
+        for row, column in torch.nonzero(~table.isfinite())[:1].tolist():
+            name, step = list(self.metrics[0])[column], self.agent.grad_steps - len(rows) + row + 1
+            raise RunError(f"{name} is {table[row, column]} at gradient step {step}; the "
+                           f"checkpoint in {self.logdir} is from before")
+        return table
+
+    def averages(self) -> dict[str, float]:
+        """Means of the metrics since the last call."""
+        means = self.check().mean(0).tolist()
+        names = [f"train/{key}" for row in self.metrics[:1] for key in row]
+        self.metrics = []
+        return dict(zip(names, means, strict=True))
 
     def train(self, steps: int):
         """The gradient steps that are due after so many environment steps."""
@@ -1293,88 +1420,219 @@ class Run:
             batch = self.replay.sample(self.config.batch_size, self.config.batch_length)
             self.metrics.append(self.agent.train_step(batch))
 
-    def averages(self) -> dict[str, float]:
-        """Means of the metrics since the last call; FloatingPointError if one is not finite."""
-        rows, self.metrics = self.metrics, []
-        if not rows:
-            return {}
-        table = torch.stack([torch.stack(list(row.values())) for row in rows]).cpu()
-        for index, name in torch.nonzero(~table.isfinite()).tolist():
-            step = self.agent.grad_steps - len(rows) + index + 1
-            raise FloatingPointError(
-                f"{list(rows[0])[name]} is {table[index, name]} at gradient step {step}; what "
-                f"{self.logdir} holds is from before")
-        return dict(zip((f"train/{key}" for key in rows[0]), table.mean(0).tolist(), strict=True))
+    def picture(self, name: str, frames: Tensor):
+        """Frames [T, h, w, 3] in 0..1 to pictures/<step>-<name>, a GIF, or a PNG if T is 1."""
+        frames = (frames.float().cpu().clamp(0, 1).numpy() * 255).astype(np.uint8)
+        path = self.logdir / "pictures" / f"{self.step}-{name}"
+        path.parent.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        if len(frames) > 1:
+            imageio.mimwrite(buffer, frames, format="gif", duration=50, loop=0)
+        else:
+            imageio.imwrite(buffer, frames[0], format="png")
+        write_file(path.with_suffix(".gif" if len(frames) > 1 else ".png"), buffer)
+        if self.writer:  # which shows no GIFs without a further package: eight frames of it
+            strip = np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1)
+            self.writer.add_image(f"pictures/{name}", strip, self.step, dataformats="HWC")
 
-    def log(self, step: int, metrics: dict[str, float]):
-        with open(self.logdir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    @torch.no_grad()
+    def draw_episode(self, film: list[tuple]):
+        """An episode, (image, goal) per step, with its goals decoded: as a GIF, and as a strip."""
+        images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
+        if self.agent.manager:
+            goals = torch.stack([goal for _, goal in film]).split(256)
+            goals = [self.agent.world_model.decode_goal(goal)["image"].cpu() for goal in goals]
+            rows = [images[:, None], torch.cat(goals)[:, None]]
+        else:
+            rows = [images[:, None]]
+        self.picture("episode", torch.cat(rows, 3)[:, 0])
+        self.picture("filmstrip", grid(*(row[::25] for row in rows)))
+
+    @torch.no_grad()
+    def draw_model(self, steps: int = 64):
+        """Predictions and imagined rollouts from six replayed chunks."""
+        agent, model = self.agent, self.agent.world_model
+        batch = agent.tensors(self.replay.sample(6, steps))
+        states = model.observe({key: value[:, :5] for key, value in batch.items()})
+
+        def unroll(act) -> Tensor:
+            """Images [6, steps, 64, 64, 3]: five steps with observations, the others without."""
+            feats = list(torch.cat([states["deter"], states["stoch"]], -1).unbind(1))
+            deter, stoch = states["deter"][:, -1], states["stoch"][:, -1]
+            for t in range(5, steps):
+                deter, stoch = model.rssm.imagine(deter, stoch, act(t, deter, stoch))
+                feats.append(torch.cat([deter, stoch], -1))
+            return model.decoder(torch.stack(feats, 1))["image"]
+
+        truth = batch["image"].float() / 255
+        guess = unroll(lambda t, deter, stoch: batch["action"][:, t])
+        self.picture("openloop", grid(truth, guess, (guess - truth + 1) / 2))
+        if not agent.manager:
+            return
+        start = {"deter": states["deter"][:, -1], "stoch": states["stoch"][:, -1]}
+        codes = {"manager": agent.manager.policy(agent.manager.inputs(start)),
+                 "prior": OneHot(torch.zeros(6, *agent.goals.shape, device=truth.device)),
+                 "replay": agent.goals.encode(states["deter"][:, 0].roll(1, 0))}
+        for name, code in codes.items():
+            goal = agent.goals.decode(code.sample())
+            images = unroll(lambda t, deter, stoch, goal=goal: agent.worker.policy(
+                torch.cat([deter, stoch, goal], -1)).sample())
+            still = model.decode_goal(goal)["image"][:, None].expand_as(images)
+            self.picture(f"worker-{name}", grid(truth[:, 4:5].expand_as(images), still, images))
 
 
-def train(config: Config):
-    """Train until `config.steps`, from the checkpoint in `config.logdir` if there is one."""
+def grid(*rows: Tensor) -> Tensor:
+    """Images [B, T, h, w, 3] below each other, to frames [T, rows * h, B * w, 3]."""
+    return torch.cat([row.cpu() for row in rows], 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+# ---- Training and evaluation ----------------------------------------------------------------
+
+
+def train(config: Config) -> int:
+    """Train until `config.steps`, from the checkpoint in `config.logdir` if there is one.
+
+    Returns 0, or the number of the signal (SIGINT, SIGTERM) after which it saved and stopped.
+    """
     envs = make_envs(config, config.envs)
     run = Run(config, envs)
     resumed = run.load()
-    run.logdir.mkdir(parents=True, exist_ok=True)
-    (run.logdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    run.open()
     size = sum(param.numel() for param in run.agent.parameters())
     print(f"{config.task}: {config.agent} of size {config.size} ({size / 1e6:.1f}M parameters), "
           f"{config.precision} on {config.device}, in {run.logdir}")
-    print(f"Resumed at step {run.step}." if resumed else
-          f"Training starts after {config.prefill} random steps.", flush=True)
-    driver = Driver(envs, config.seed + run.step)
+    if resumed:
+        print(f"Resumed at step {run.step}.")
+    if run.step < config.prefill:
+        print(f"Until step {config.prefill} actions are random, then training starts.", flush=True)
+    stops, previous = [], {}
+
+    def stop(number, frame):  # finish the step; the second signal acts at once
+        stops.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+        previous = {number: signal.signal(number, stop)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm.tqdm(total=config.steps, initial=run.step, unit="step", disable=None)
+    try:
+        play(run, Driver(envs, config.seed + run.step), bar, stops)
+        run.save()
+    finally:
+        bar.close()
+        run.writer.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        close(envs)
+    if stops:
+        print(f"Stopped and saved at step {run.step}; the same command resumes.")
+    return stops[0] if stops else 0
+
+
+def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
+    """The training loop, until `config.steps`, or until `stops` is not empty."""
+    config, state, film, errors = run.config, None, [], []
+    say = functools.partial(print, flush=True) if bar.disable else bar.write
     run.replay.add(driver.rows)
-    state, saved, logged = None, time.time(), (time.time(), run.step)
-    while run.step < config.steps:
-        before = run.step
+    saved, drawn, logged, times = time.time(), run.step, run.step, [0.0, 0.0]
+    while run.step < config.steps and not stops:
+        before, begin = run.step, time.time()
         if before < config.prefill:
-            driver.step(driver.random(run.rng))
+            action = driver.random(run.rng)
         else:
             action, state = run.agent.policy(driver.rows, state)
             action = action.cpu().numpy()
             if not np.isfinite(action).all():
-                run.averages()  # tells which loss was it
+                run.check()  # tells which loss it was
+            if "image" in driver.rows:
+                film = [] if driver.rows["is_first"][0] else film
+                film.append((driver.rows["image"][0], state["goal"][0]))
+        try:
             driver.step(action)
+        except (EOFError, ConnectionError) as error:
+            run.save()
+            raise RunError(f"the process of an environment has died (killed, out of memory?); "
+                           f"saved at step {run.step}, the same command resumes") from error
         run.replay.add(driver.rows)
         for env in np.flatnonzero(~driver.rows["is_first"]):
             run.step += 1
             if driver.rows["is_last"][env]:
                 score, length = float(driver.score[env]), int(driver.length[env])
-                run.log(run.step, {"episode/score": score, "episode/length": length})
-                print(f"step {run.step}: episode of {length} steps, return {score:.1f}", flush=True)
+                run.best = max(run.best, score)
+                run.log({"episode/score": score, "episode/length": length})
+                say(f"step {run.step}: episode of {length} steps, return {score:.1f}")
+                bar.set_postfix(last=score, best=run.best, grads=run.agent.grad_steps)
+        for error in driver.errors:
+            errors = [step for step in errors if step > run.step - 1000] + [run.step]
+            say(f"step {run.step}: an environment failed and was made anew\n{error}")
+            if len(errors) >= 5:
+                run.save()
+                raise RunError(f"environments failed {len(errors)} times in 1000 steps, see above; "
+                               f"saved at step {run.step}. The last: {error.splitlines()[-1]}")
+        times[0] += time.time() - begin
         if before >= config.prefill:
+            begin = time.time()
             run.train(run.step - before)
+            times[1] += time.time() - begin
+        bar.set_description("random actions" if run.step < config.prefill else "training", False)
+        bar.update(run.step - before)
+
         if before // config.log_every < run.step // config.log_every or run.step >= config.steps:
             metrics = run.averages()
-            rate = (run.step - logged[1]) / (time.time() - logged[0])
-            logged = time.time(), run.step
-            run.log(run.step, {**metrics, "train/grad_steps": run.agent.grad_steps,
-                               "train/steps_per_second": rate})
-            losses = [f"{k[6:]} {v:.3g}" for k, v in metrics.items() if k.endswith("loss")]
-            print(f"step {run.step}: {run.agent.grad_steps} gradient steps, {rate:.1f} steps/s",
-                  *losses, sep="  ", flush=True)
-            if time.time() > saved + config.save_every or run.step >= config.steps:
-                run.save()
-                saved = time.time()
+            rate = (run.step - logged) / sum(times)
+            run.log({
+                **metrics, "train/grad_steps": run.agent.grad_steps,
+                "train/steps_per_second": rate, "train/acting_seconds": times[0],
+                "train/training_seconds": times[1], "train/replay_steps": run.replay.steps,
+                "train/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+            losses = [f"  {k[6:]} {v:.3g}" for k, v in metrics.items() if k.endswith("loss")]
+            say(f"step {run.step}: {run.agent.grad_steps} gradient steps, {rate:.1f} steps/s"
+                + "".join(losses))
+            logged, times = run.step, [0.0, 0.0]
+        if film and driver.rows["is_last"][0] and run.step >= drawn + config.video_every:
+            run.draw_episode(film)
+            run.draw_model()
+            drawn = run.step
+        if time.time() > saved + config.save_every:
+            run.save()
+            saved = time.time()
+
+
+def close(envs: gymnasium.vector.VectorEnv):
+    """Close environments; those in processes are terminated, which works with dead ones, too."""
+    if isinstance(envs, AsyncVectorEnv):
+        for process in envs.processes:
+            process.terminate()
+            process.join()
+        envs.closed = True
     envs.close()
 
 
 def evaluate(config: Config) -> list[float]:
-    """Play `config.eval` episodes with the agent in `config.logdir`; prints and returns scores."""
+    """Play `config.eval` episodes with the agent in `config.logdir`; prints and returns scores.
+
+    Writes eval.json, and pictures of the first episode.
+    """
     envs = make_envs(config, 1)
     run = Run(config, envs)
     if not run.load():
         raise UserError(f"--logdir {config.logdir}: holds no checkpoint.pt")
-    driver, state, scores = Driver(envs, config.seed), None, []
+    driver, state, scores, film = Driver(envs, config.seed), None, [], []
     while len(scores) < config.eval:
         action, state = run.agent.policy(driver.rows, state, mode="eval")
+        if not scores and "image" in driver.rows:
+            film.append((driver.rows["image"][0], state["goal"][0]))
         driver.step(action.cpu().numpy())
         if driver.rows["is_last"][0]:
             scores.append(float(driver.score[0]))
             print(f"episode {len(scores)}: return {scores[-1]:.1f}", flush=True)
-    envs.close()
-    print(f"mean {np.mean(scores):.1f}, standard deviation {np.std(scores):.1f}")
+    close(envs)
+    if film:
+        run.draw_episode(film)
+        run.draw_model()
+    result = {"step": run.step, "mean": np.mean(scores), "std": np.std(scores), "scores": scores}
+    write_file(run.logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
+    print(f"mean {result['mean']:.1f}, standard deviation {result['std']:.1f}")
     return scores
 
 
@@ -1387,19 +1645,29 @@ def keep_memory():
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code: 2 for a user's mistake, 1 for a run that failed."""
     try:
         flags = parse_args(argv)
         saved = pathlib.Path(flags.get("logdir", ""), "config.json")
-        if flags.get("eval") and saved.exists():
+        if flags.get("eval") and saved.is_file():
             flags = {**json.loads(saved.read_text()), **flags}
         config = Config(**flags)
         keep_memory()
-        evaluate(config) if config.eval else train(config)
-    except (UserError, FloatingPointError) as error:
+        if config.eval:
+            evaluate(config)
+            return 0
+        number = train(config)
+        return 128 + number if number else 0
+    except (UserError, RunError) as error:
         print(f"director.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
+                               errno.EPERM, errno.EEXIST, errno.ENOTDIR):
+            raise
+        print(f"director.py: cannot write to --logdir: {error}; what was saved there is kept, and "
+              "the same command resumes from it", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -5,16 +5,21 @@ import functools
 import hashlib
 import json
 import math
+import os
+import resource
+import signal
 import subprocess
 import sys
 
 import gymnasium
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import director
 from director import Config, Director, Driver, PinPad, Replay
@@ -383,7 +388,7 @@ def test_back_propagated_actor_gradient_matches_finite_differences(modes):
         values = []
         for eps in (0.01, -0.01):
             actor.out.bias.data[index] += eps
-            values.append(float(reward()))
+            values.append(float(reward().detach()))
             actor.out.bias.data[index] -= eps
         assert float(gradient[index]) == pytest.approx((values[0] - values[1]) / 0.02, rel=0.02)
 
@@ -773,15 +778,20 @@ RUN = ["--task=pinpad_three", *TINY_FLAGS, "--batch_size=2", "--batch_length=8",
 def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp_path, capsys):
     flags = [*RUN, f"--logdir={tmp_path}"]
     assert director.main([*flags, "--steps=200"]) == 0
-    assert "Training starts after 100 random steps" in capsys.readouterr().out
+    assert "Until step 100 actions are random" in capsys.readouterr().out
     assert director.main([*flags, "--steps=300"]) == 0
     assert "Resumed at step 200" in capsys.readouterr().out
     steps = [line["step"] for line in read_metrics(tmp_path) if "train/grad_steps" in line]
     assert steps == [50, 100, 150, 200, 250, 300]
     last = read_metrics(tmp_path)[-1]
     assert last["train/grad_steps"] == 25 and last["train/model_loss"] > 0
-    assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 0
-    assert "mean" in capsys.readouterr().out
+    accumulator = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    names = {key for line in read_metrics(tmp_path) for key in line if key != "step"}
+    assert names == set(accumulator.Tags()["scalars"])
+    events = accumulator.Scalars("train/model_loss")
+    assert [event.step for event in events] == [150, 200, 250, 300]
+    assert events[-1].value == pytest.approx(last["train/model_loss"])
     for other in (["--agent=dreamer"], ["--deter=20"], ["--task=pinpad_four"]):
         before = (tmp_path / "checkpoint.pt").read_bytes()
         assert director.main([*flags, *other, "--steps=400"]) == 2
@@ -796,7 +806,9 @@ def test_equal_seeds_give_equal_metrics_and_others_do_not(tmp_path):
         assert director.main(flags) == 0
         lines = read_metrics(tmp_path / str(index))
         assert lines[-1]["train/grad_steps"] == 50
-        results.append([{k: v for k, v in x.items() if "per_second" not in k} for x in lines])
+        times = ("second", "memory")
+        results.append([{k: v for k, v in line.items() if not any(word in k for word in times)}
+                        for line in lines])
     assert results[0] == results[1] != results[2]
 
 
@@ -869,3 +881,202 @@ def test_help_names_every_flag_and_the_presets_differ():
     assert Config(size="xs", deter=64).deter == 64
     with contextlib.suppress(director.UserError):
         assert Config(device="cuda").size == "paper"
+
+
+def make_run(logdir):
+    """A run on eight finished episodes of random numbers, with nothing else going on."""
+    config = Config(task="pinpad_three", size="xs", **TINY, batch_size=2, batch_length=16,
+                    train_every=1, logdir=str(logdir), slow_every=7)
+    run = director.Run(config, director.make_envs(config, 1))
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        for t in range(20):
+            batch = random_batch(rng, 2, 9, True, 5)
+            rows = {key: value[0, t % 9][None] for key, value in batch.items()}
+            rows |= {"is_first": np.array([t == 0]), "is_last": np.array([t == 19])}
+            run.replay.add(rows)
+    return run
+
+
+def test_a_resumed_run_gives_exactly_the_metrics_of_an_uninterrupted_one(tmp_path):
+    whole = make_run(tmp_path / "whole")
+    whole.train(60)
+    first = make_run(tmp_path / "first")
+    first.train(30)
+    first.logdir.mkdir()
+    first.save()
+    second = make_run(tmp_path / "first")
+    second.replay = Replay(10**6)
+    torch.manual_seed(123)
+    assert second.load() and len(second.metrics) == 30
+    second.train(30)
+    assert torch.equal(whole.check(), second.check()) and len(whole.check()) == 60
+    assert whole.averages() == second.averages()
+
+
+def test_damaged_checkpoints_fall_back_to_the_one_before_or_stop_the_run(tmp_path, capsys):
+    flags = [*RUN, f"--logdir={tmp_path}"]
+    for steps in (120, 160):
+        assert director.main([*flags, f"--steps={steps}"]) == 0
+    newest, older = tmp_path / "checkpoint.pt", tmp_path / "previous.pt"
+    whole = newest.read_bytes()
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign")
+    for damaged in (whole[: len(whole) // 2], b"", b"hello", (tmp_path / "foreign").read_bytes()):
+        newest.write_bytes(damaged)
+        assert make_run_from(flags).step == 120
+        assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "replay" / "0.npz").write_bytes(b"half")
+    assert director.main([*flags, "--steps=200"]) == 0
+    output = capsys.readouterr().out
+    assert "Resumed at step 120" in output and "0.npz" in output
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == 200
+    for path in (newest, older):
+        path.write_bytes(b"")
+    assert director.main([*flags, "--steps=300"]) == 2
+    assert newest.read_bytes() == b"" and "--logdir" in capsys.readouterr().err
+
+
+def make_run_from(flags):
+    config = Config(**director.parse_args(flags))
+    run = director.Run(config, director.make_envs(config, 2))
+    assert run.load()
+    return run
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    torch.save({"counters": Evil()}, tmp_path / "checkpoint.pt")
+    assert director.main([*RUN, f"--logdir={tmp_path}"]) == 2
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_logdir_that_cannot_be_written_gets_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert director.main([*RUN, f"--logdir={tmp_path}/file"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "file" in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_gets_one_line_and_loses_nothing(tmp_path):
+    flags = [sys.executable, director.__file__, *RUN, f"--logdir={tmp_path}"]
+    subprocess.run([*flags, "--steps=150"], check=True, capture_output=True)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def limit():  # files of at most 200 kB: metrics fit, checkpoints do not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    full = subprocess.run([*flags, "--steps=250"], check=False, capture_output=True, text=True,
+                          preexec_fn=limit)
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert "cannot write" in full.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    again = subprocess.run([*flags, "--steps=250"], check=True, capture_output=True, text=True)
+    assert "Resumed at step 150" in again.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_resumes(number, tmp_path):
+    flags = [sys.executable, director.__file__, *RUN, f"--logdir={tmp_path}"]
+    endless = [*flags, "--steps=1000000"]
+    with subprocess.Popen(endless, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "gradient steps" in line and "step 250" in line:
+                process.send_signal(number)
+        assert process.wait() == 128 + number
+    assert "Stopped and saved at step" in line
+    stopped = int(line.split("at step ")[1].split(";")[0])
+    again = subprocess.run([*flags, f"--steps={stopped + 50}"], check=True, capture_output=True)
+    assert f"Resumed at step {stopped}." in again.stdout.decode()
+
+
+class Faulty(Corridor):
+    """Raises, or returns NaN, or kills its process, at given steps of its life."""
+
+    faults, life = {}, 0
+
+    def step(self, action):
+        Faulty.life += 1
+        obs, reward, terminated, truncated, info = super().step(action)
+        fault = self.faults.get(Faulty.life)
+        if fault == "raise":
+            raise ZeroDivisionError("the simulator is unstable")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        reward = math.nan if fault == "reward" else reward
+        return obs * (math.nan if fault == "obs" else 1), reward, terminated, truncated, info
+
+
+gymnasium.register("Faulty-v0", Faulty)
+FAULTY = [*RUN, "--task=gym_Faulty-v0", "--log_every=1000"]
+
+
+def test_an_environment_that_fails_is_made_anew_and_its_episode_truncated(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "faults", {30: "raise", 61: "reward", 95: "obs", 130: "raise"})
+    monkeypatch.setattr(Faulty, "life", 0)
+    assert director.main([*FAULTY, f"--logdir={tmp_path}", "--steps=1300"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("Traceback") == 4 and "the simulator is unstable" in output
+    lengths = [x["episode/length"] for x in read_metrics(tmp_path) if "episode/length" in x]
+    assert sum(length < 50 for length in lengths) == 4
+    run = make_run_from([*FAULTY, f"--logdir={tmp_path}"])
+    for episode in run.replay.episodes.values():
+        assert np.isfinite(episode["state"]).all() and np.isfinite(episode["reward"]).all()
+        assert not episode["is_terminal"].any()
+
+
+def test_environments_that_fail_all_the_time_stop_the_run_with_the_reason(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "faults", dict.fromkeys(range(40, 10**6, 40), "raise"))
+    monkeypatch.setattr(Faulty, "life", 0)
+    assert director.main([*FAULTY, f"--logdir={tmp_path}", "--steps=5000"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "5 times" in error and "simulator is unstable" in error
+    assert make_run_from([*FAULTY, f"--logdir={tmp_path}"]).step >= 150
+
+
+def test_an_environment_whose_process_is_killed_ends_the_run_saved_and_resumable(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "faults", {120: "kill"})
+    monkeypatch.setattr(Faulty, "life", 0)
+    vector = functools.partial(AsyncVectorEnv, context="fork")
+    monkeypatch.setattr(director, "SyncVectorEnv", vector)
+    assert director.main([*FAULTY, f"--logdir={tmp_path}", "--steps=5000"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "has died" in error
+    assert make_run_from([*FAULTY, f"--logdir={tmp_path}"]).step >= 200
+
+
+def short_pinpad():
+    return gymnasium.wrappers.TransformObservation(PinPad("three", 100), lambda x: x["image"], IMAGE)
+
+
+gymnasium.register("ShortPinPad-v0", short_pinpad)
+
+
+@pytest.mark.parametrize("agent", ["director", "dreamer"])
+def test_evaluation_needs_no_flags_and_writes_scores_and_pictures(agent, tmp_path, capsys):
+    flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--agent={agent}", f"--logdir={tmp_path}",
+             "--steps=400", "--video_every=150"]
+    assert director.main(flags) == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == (12 if agent == "director" else 6)
+    assert director.main([f"--logdir={tmp_path}", "--eval=2"]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert len(result["scores"]) == 2 and result["mean"] == np.mean(result["scores"])
+    assert f"mean {result['mean']:.1f}" in capsys.readouterr().out
+    pictures = {path.name.removeprefix("400-"): imageio.mimread(path) if path.suffix == ".gif"
+                else [imageio.imread(path)] for path in (tmp_path / "pictures").glob("400-*")}
+    columns = 2 if agent == "director" else 1
+    assert pictures["episode.gif"][0].shape[:2] == (64, 64 * columns)
+    assert pictures["filmstrip.png"][0].shape == (64 * columns, 64 * 4, 3)
+    assert pictures["openloop.gif"][0].shape[:2] == (192, 384)
+    workers = {f"worker-{name}.gif" for name in ("manager", "prior", "replay")}
+    assert workers <= set(pictures) or agent == "dreamer"
+    first = PinPad("three").reset(seed=0)[0]["image"]
+    assert np.abs(pictures["filmstrip.png"][0][:64, :64].astype(int) - first).max() <= 1
