@@ -425,11 +425,20 @@ def test_training_and_acting_filter_the_same_states(modes):
             close(state["deter"], states["deter"][:, t], atol=1e-5)
 
 
-def test_bfloat16_gives_nearly_the_same_losses(modes):
-    batch = random_batch(np.random.default_rng(0), 3, 17, False, 3)
-    full, half = (make_agent(precision=p).train_step(batch) for p in ("float32", "bfloat16"))
-    for name in ("image_loss", "kl", "goal_rec", "worker_goal_reward", "manager_expl_reward"):
-        assert float(half[name]) == pytest.approx(float(full[name]), rel=0.05), name
+def test_bfloat16_gives_nearly_the_same_losses_and_gradients(modes, monkeypatch):
+    monkeypatch.setattr(director.OneHot, "sample", lambda dist: dist.probs)  # none can flip
+    gradients, losses = [], []
+    for precision in ("float32", "bfloat16"):
+        agent = make_agent(precision=precision, deter=64, hidden=64, units=64, cnn_depth=8)
+        batch = agent.tensors(random_batch(np.random.default_rng(0), 8, 17, False, 3))
+        with director.autocast(agent.config):
+            loss, _, metrics = agent.world_model.loss(batch)
+        gradients.append(torch.autograd.grad(loss, agent.optimizers["model"].params))
+        losses.append(metrics)
+    for name in ("image_loss", "reward_loss", "cont_loss"):
+        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.02), name
+    for full, half in zip(*gradients, strict=True):
+        assert (half - full).norm() < 0.15 * full.norm() + 1e-3, full.shape
 
 
 # ---- Learning: each test fails if its piece is disconnected ----------------------------------
@@ -757,7 +766,6 @@ def test_replay_on_disk_gives_the_same_samples_and_drops_what_it_forgot(tmp_path
                 "is_last": np.array([False])})
     (tmp_path / "99.npz").write_bytes(b"")
     lengths = replay.save(tmp_path)
-    replay.clean(tmp_path, lengths)
     assert len(list(tmp_path.glob("*.npz"))) == len(lengths) == 4
     loaded = Replay(40)
     loaded.load(tmp_path, lengths)
@@ -849,14 +857,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--steps=1.5"], ["invalid integer value"]),
     (["--size=huge"], ["paper"]),
     (["--no_such_flag"], ["--no_such_flag"]),
-    (["--eval=3", "--task=pinpad_three"], ["checkpoint.pt"])])
+    (["--eval=3", "--task=pinpad_three"], ["checkpoint.pt"]),
+    (["--eval=3", "--logdir=nothing"], ["nothing/config.json"]),
+    (["--steps=inf"], ["invalid integer value"]),
+    (["--seed=1e20"], ["less than 2^32"]),
+    (["--skill_classes=1"], ["at least 2"]),
+    (["--discount=0"], ["at least 0.01"]),
+    (["--task=gym_Channels-v0"], ["neither an image nor a vector"]),
+    (["--task=gym_Integers-v0"], ["of floats"])])
 def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
         flags, words, tmp_path, monkeypatch, capsys):
     class Strange(Corridor):
         action_space = spaces.MultiBinary(3)
 
-    if "Strange-v0" not in gymnasium.registry:
-        gymnasium.register("Strange-v0", Strange)
+    class Integers(Corridor):
+        action_space = spaces.Box(0, 9, (2,), np.int32)
+
+    class Channels(Corridor):
+        observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+    for env in (Strange, Integers, Channels):
+        if f"{env.__name__}-v0" not in gymnasium.registry:
+            gymnasium.register(f"{env.__name__}-v0", env)
     monkeypatch.chdir(tmp_path)
     assert director.main(flags) == 2
     error = capsys.readouterr().err
@@ -866,7 +888,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
 
 def test_a_machine_without_opengl_is_told_what_to_install(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    failed = subprocess.CompletedProcess([], 1)
+    failed = subprocess.CompletedProcess([], returncode=1)
     monkeypatch.setattr(director.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(director.UserError, match="libegl1 libgl1-mesa-dri.*--obs state"):
         director.choose_renderer()
@@ -1054,7 +1076,8 @@ def test_an_environment_whose_process_is_killed_ends_the_run_saved_and_resumable
 
 
 def short_pinpad():
-    return gymnasium.wrappers.TransformObservation(PinPad("three", 100), lambda x: x["image"], IMAGE)
+    env = PinPad("three", length=100)
+    return gymnasium.wrappers.TransformObservation(env, lambda obs: obs["image"], IMAGE)
 
 
 gymnasium.register("ShortPinPad-v0", short_pinpad)
@@ -1063,9 +1086,9 @@ gymnasium.register("ShortPinPad-v0", short_pinpad)
 @pytest.mark.parametrize("agent", ["director", "dreamer"])
 def test_evaluation_needs_no_flags_and_writes_scores_and_pictures(agent, tmp_path, capsys):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--agent={agent}", f"--logdir={tmp_path}",
-             "--steps=400", "--video_every=150"]
+             "--steps=400", "--video_every=250"]
     assert director.main(flags) == 0
-    assert len(list((tmp_path / "pictures").iterdir())) == (12 if agent == "director" else 6)
+    assert len(list((tmp_path / "pictures").iterdir())) == (6 if agent == "director" else 3)
     assert director.main([f"--logdir={tmp_path}", "--eval=2"]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert len(result["scores"]) == 2 and result["mean"] == np.mean(result["scores"])
