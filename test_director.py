@@ -436,7 +436,7 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(modes, monkeypatch)
         gradients.append(torch.autograd.grad(loss, agent.optimizers["model"].params))
         losses.append(metrics)
     for name in ("image_loss", "reward_loss", "cont_loss"):
-        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.02), name
+        assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=0.02), name
     for full, half in zip(*gradients, strict=True):
         assert (half - full).norm() < 0.15 * full.norm() + 1e-3, full.shape
 
