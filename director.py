@@ -467,14 +467,14 @@ class Driver:
 
     `rows`, arrays [E, ...]: the observation; the action **that led to it**, one-hot or unclipped,
     zeros on a first step; reward, is_first, is_last, is_terminal. `score` and `length` [E] are
-    those of the episode so far.
+    those of the episode so far; `film` has the images of the first environment, with goals.
     """
 
     def __init__(self, envs: gymnasium.vector.VectorEnv, seed: int):
         self.envs, self.space = envs, envs.single_action_space
         self.discrete = isinstance(self.space, spaces.Discrete)
         self.shape = envs.num_envs, int(self.space.n) if self.discrete else self.space.shape[0]
-        self.score = self.length = np.zeros(envs.num_envs)
+        self.score, self.length, self.film = np.zeros(envs.num_envs), np.zeros(envs.num_envs), []
         obs, _ = envs.reset(seed=seed)
         no = np.zeros(envs.num_envs, bool)
         self.update(obs, np.zeros(self.shape), self.score, ~no, no, no)
@@ -485,8 +485,12 @@ class Driver:
             return np.eye(self.shape[1])[rng.integers(self.shape[1], size=self.shape[0])]
         return rng.uniform(-1, 1, self.shape)
 
-    def step(self, action: np.ndarray):
-        """Act, [E, A]; where an episode has ended, the next one begins instead."""
+    def step(self, action: np.ndarray, goal: Tensor | None = None):
+        """Act, [E, A], under goals [E, D]; where an episode has ended, the next one begins."""
+        if self.rows["is_first"][0]:
+            self.film = []
+        if "image" in self.rows and goal is not None:
+            self.film.append((self.rows["image"][0], goal[0]))
         is_first = self.rows["is_last"]
         action = np.where(is_first[:, None], 0, action)
         if self.discrete:
@@ -567,8 +571,9 @@ class Replay:
         """
         folder.mkdir(exist_ok=True)
         episodes = {**self.episodes, **dict(self.running.values())}
+        known = {str(name) for name in (*self.saved, *episodes)}
         for path in folder.iterdir():
-            if path.stem not in map(str, (*self.saved, *episodes)):
+            if path.stem not in known:
                 path.unlink()
         for name, episode in episodes.items():
             if self.saved.get(name) != len(episode["reward"]):
@@ -1426,12 +1431,14 @@ class Run:
             batch = self.replay.sample(self.config.batch_size, self.config.batch_length)
             self.metrics.append(self.agent.train_step(batch))
 
-    def picture(self, name: str, frames: Tensor):
-        """Frames [T, h, w, 3] in 0..1 to pictures/<step>-<name>, a GIF, or a PNG if T is 1."""
-        frames = (frames.float().cpu().clamp(0, 1).numpy() * 255).astype(np.uint8)
-        path = self.logdir / "pictures" / f"{self.step}-{name}"
+    def picture(self, name: str, *rows: Tensor):
+        """Images [B, T, h, w, 3] uint8, rows of B of them, to pictures/<step>-<name>.
+
+        That is a GIF of T frames, or a PNG if T is 1; TensorBoard shows eight frames of it.
+        """
+        frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3).numpy()
+        path, buffer = self.logdir / "pictures" / f"{self.step}-{name}", io.BytesIO()
         path.parent.mkdir(exist_ok=True)
-        buffer = io.BytesIO()
         if len(frames) > 1:  # to 256 colours in a way that is ten times as fast as the default one
             octree = functools.partial(Image.Image.quantize, method=Image.Quantize.FASTOCTREE)
             colors = [np.asarray(octree(Image.fromarray(x)).convert("RGB")) for x in frames]
@@ -1439,32 +1446,33 @@ class Run:
         else:
             imageio.imwrite(buffer, frames[0], format="png")
         write_file(path.with_suffix(".gif" if len(frames) > 1 else ".png"), buffer)
-        if self.writer:  # which shows no GIFs without a further package: eight frames of it
+        if self.writer:
             strip = np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1)
             self.writer.add_image(f"pictures/{name}", strip, self.step, dataformats="HWC")
 
     @torch.no_grad()
-    def draw_episode(self, film: list[tuple]):
-        """An episode, (image, goal) per step, with its goals decoded: as a GIF, and as a strip."""
-        images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
-        if self.agent.manager:
-            goals = torch.stack([goal for _, goal in film]).split(256)
-            goals = [self.agent.world_model.decode_goal(goal)["image"].cpu() for goal in goals]
-            rows = [images[:, None], torch.cat(goals)[:, None]]
-        else:
-            rows = [images[:, None]]
-        self.picture("episode", torch.cat(rows, 3)[:, 0])
-        self.picture("filmstrip", grid(*(row[::25] for row in rows)))
-
-    @torch.no_grad()
-    def draw_model(self, steps: int = 64):
-        """Predictions and imagined rollouts from six replayed chunks."""
+    def draw(self, film: list[tuple], steps: int = 64):
+        """Pictures of an episode, (image, goal) per step, and of six imagined trajectories."""
         agent, model = self.agent, self.agent.world_model
+
+        def as_bytes(image: Tensor) -> Tensor:
+            return (image * 255).byte().cpu()
+
+        images = torch.from_numpy(np.stack([image for image, _ in film]))
+        goals = torch.stack([goal for _, goal in film]).split(64)
+        if agent.manager:
+            decoded = torch.cat([as_bytes(model.decode_goal(goal)["image"]) for goal in goals])
+            self.picture("episode", torch.cat([images, decoded], 2)[None])
+            self.picture("filmstrip", images[::25, None], decoded[::25, None])
+        else:
+            self.picture("episode", images[None])
+            self.picture("filmstrip", images[::25, None])
+
         batch = agent.tensors(self.replay.sample(6, steps))
         states = model.observe({key: value[:, :5] for key, value in batch.items()})
 
         def unroll(act) -> Tensor:
-            """Images [6, steps, 64, 64, 3]: five steps with observations, the others without."""
+            """Images [6, steps, 64, 64, 3] of five observed states, and of imagined ones."""
             feats = list(torch.cat([states["deter"], states["stoch"]], -1).unbind(1))
             deter, stoch = states["deter"][:, -1], states["stoch"][:, -1]
             for t in range(5, steps):
@@ -1474,24 +1482,20 @@ class Run:
 
         truth = batch["image"].float() / 255
         guess = unroll(lambda t, deter, stoch: batch["action"][:, t])
-        self.picture("openloop", grid(truth, guess, (guess - truth + 1) / 2))
+        self.picture("openloop", *map(as_bytes, (truth, guess, (guess - truth + 1) / 2)))
         if not agent.manager:
             return
         start = {"deter": states["deter"][:, -1], "stoch": states["stoch"][:, -1]}
         codes = {"manager": agent.manager.policy(agent.manager.inputs(start)),
                  "prior": OneHot(torch.zeros(6, *agent.goals.shape, device=truth.device)),
-                 "replay": agent.goals.encode(states["deter"][:, 0].roll(1, 0))}
+                 "replay": agent.goals.encode(start["deter"].roll(1, 0))}
         for name, code in codes.items():
             goal = agent.goals.decode(code.sample())
             images = unroll(lambda t, deter, stoch, goal=goal: agent.worker.policy(
                 torch.cat([deter, stoch, goal], -1)).sample())
             still = model.decode_goal(goal)["image"][:, None].expand_as(images)
-            self.picture(f"worker-{name}", grid(truth[:, 4:5].expand_as(images), still, images))
-
-
-def grid(*rows: Tensor) -> Tensor:
-    """Images [B, T, h, w, 3] below each other, to frames [T, rows * h, B * w, 3]."""
-    return torch.cat([row.cpu() for row in rows], 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            start_image = truth[:, 4:5].expand_as(images)
+            self.picture(f"worker-{name}", *map(as_bytes, (start_image, still, images)))
 
 
 # ---- Training and evaluation ----------------------------------------------------------------
@@ -1540,7 +1544,7 @@ def train(config: Config) -> int:
 
 def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
     """The training loop, until `config.steps`, or until `stops` is not empty."""
-    config, state, film, errors = run.config, None, [], []
+    config, state, goal, errors = run.config, None, None, []
     say = functools.partial(print, flush=True) if bar.disable else bar.write
     run.replay.add(driver.rows)
     saved, drawn, logged, times = time.time(), run.step, run.step, [0.0, 0.0]
@@ -1550,14 +1554,11 @@ def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
             action = driver.random(run.rng)
         else:
             action, state = run.agent.policy(driver.rows, state)
-            action = action.cpu().numpy()
+            action, goal = action.cpu().numpy(), state["goal"]
             if not np.isfinite(action).all():
                 run.check()  # tells which loss it was
-            if "image" in driver.rows:
-                film = [] if driver.rows["is_first"][0] else film
-                film.append((driver.rows["image"][0], state["goal"][0]))
         try:
-            driver.step(action)
+            driver.step(action, goal)
         except (EOFError, ConnectionError) as error:
             run.save()
             raise RunError(f"the process of an environment has died (killed, out of memory?); "
@@ -1599,9 +1600,9 @@ def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
             say(f"step {run.step}: {run.agent.grad_steps} gradient steps, {rate:.1f} steps/s"
                 + "".join(losses))
             logged, times = run.step, [0.0, 0.0]
-        if film and driver.rows["is_last"][0] and run.step >= drawn + config.video_every:
-            run.draw_episode(film)
-            run.draw_model()
+        due = driver.film and run.step >= drawn + config.video_every
+        if due and driver.rows["is_last"][0]:
+            run.draw(driver.film)
             drawn = run.step
         if time.time() > saved + config.save_every:
             run.save()
@@ -1627,22 +1628,20 @@ def evaluate(config: Config) -> list[float]:
     run = Run(config, envs)
     if not run.load(replay=False):
         raise UserError(f"--logdir {config.logdir}: holds no checkpoint.pt")
-    driver, state, scores, film = Driver(envs, config.seed), None, [], []
+    driver, state, scores = Driver(envs, config.seed), None, []
     while len(scores) < config.eval:
         action, state = run.agent.policy(driver.rows, state, mode="eval")
-        if not scores and "image" in driver.rows:
-            film.append((driver.rows["image"][0], state["goal"][0]))
-            run.replay.add(driver.rows)
-        driver.step(action.cpu().numpy())
+        if not scores:
+            run.replay.add(driver.rows)  # for the pictures
+        driver.step(action.cpu().numpy(), state["goal"])
         if driver.errors:
             raise RunError(f"the environment failed:\n{driver.errors[0]}")
         if driver.rows["is_last"][0]:
             scores.append(float(driver.score[0]))
             print(f"episode {len(scores)}: return {scores[-1]:.1f}", flush=True)
+            if driver.film and len(scores) == 1:
+                run.draw(driver.film)
     close(envs)
-    if film:
-        run.draw_episode(film)
-        run.draw_model()
     result = {"step": run.step, "mean": np.mean(scores), "std": np.std(scores), "scores": scores}
     write_file(run.logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
     print(f"mean {result['mean']:.1f}, standard deviation {result['std']:.1f}")
@@ -1682,6 +1681,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"director.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:  # before the run has begun, or at the second one
+        return 128 + signal.SIGINT
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
                                errno.EPERM, errno.EEXIST, errno.ENOTDIR):
