@@ -203,7 +203,8 @@ def choose_renderer():
     It has to be known before dm_control is imported. Each candidate is tried in a process of
     its own, because a broken driver can take its process with it.
     """
-    probe = "import mujoco; context = mujoco.GLContext(64, 64); context.make_current()"
+    probe = ("from dm_control import mujoco; "
+             "mujoco.Physics.from_xml_string('<mujoco><worldbody/></mujoco>').render(8, 8)")
     command, given = [sys.executable, "-c", probe], os.environ.get("MUJOCO_GL")
     for backend in [given] if given else ["egl", "osmesa", "glfw"]:
         env = {**os.environ, "MUJOCO_GL": backend}
@@ -1509,6 +1510,12 @@ def train(config: Config) -> int:
     envs = make_envs(config, config.envs)
     run = Run(config, envs)
     resumed = run.load()
+    if run.step >= config.steps:
+        close(envs)
+        print(f"{run.logdir} is at step {run.step} already; for more, raise --steps.")
+        return 0
+    seed = np.random.SeedSequence([config.seed, run.step]).generate_state(1)[0] // 2
+    driver = Driver(envs, int(seed))
     run.open()
     size = sum(param.numel() for param in run.agent.parameters())
     print(f"{config.task}: {config.agent} of size {config.size} ({size / 1e6:.1f}M parameters), "
@@ -1528,8 +1535,7 @@ def train(config: Config) -> int:
                     for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm.tqdm(total=config.steps, initial=run.step, unit="step", disable=None)
     try:
-        seed = np.random.SeedSequence([config.seed, run.step]).generate_state(1)[0] // 2
-        play(run, Driver(envs, int(seed)), bar, stops)
+        play(run, driver, bar, stops)
         run.save()
     finally:
         bar.close()
@@ -1559,10 +1565,9 @@ def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
                 run.check()  # tells which loss it was
         try:
             driver.step(action, goal)
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, ConnectionError):
             run.save()
-            raise RunError(f"the process of an environment has died (killed, out of memory?); "
-                           f"saved at step {run.step}, the same command resumes") from error
+            raise
         run.replay.add(driver.rows)
         for env in np.flatnonzero(~driver.rows["is_first"]):
             run.step += 1
@@ -1649,7 +1654,10 @@ def evaluate(config: Config) -> list[float]:
 
 
 def keep_memory():
-    """Ask glibc not to hand large buffers back to the kernel after each step: 25% faster."""
+    """Ask glibc not to hand large buffers back to the kernel after each step.
+
+    Median of 8 train steps on two cores, xs at 16x64 in float32: 1.09 s instead of 1.51 s.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate from the heap
@@ -1681,6 +1689,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"director.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except (EOFError, ConnectionError):
+        print("director.py: the process of an environment has died (killed, out of memory?); what "
+              "was saved in --logdir is kept, and the same command resumes", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the run has begun, or at the second one
         return 128 + signal.SIGINT
     except OSError as error:
