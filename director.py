@@ -875,13 +875,13 @@ class RSSM(nn.Module):
         deter = self.recur(deter, stoch, action)
         return deter, OneHot(self.prior(deter)).sample().flatten(-2)
 
-    def observe(self, deter, stoch, action, embed, is_first) -> tuple[Tensor, Tensor, Tensor]:
+    def observe(self, deter, stoch, action, embed, is_first, initial=None) -> tuple:
         """A step with an observation, whose embedding is [E, embed]: deter, stoch, its logits.
 
-        Where is_first [E], the step starts from the initial state, without the action.
+        Where is_first [E], the step starts from `initial` (by default from `initial()`), without
+        the action.
         """
-        first = is_first[:, None]
-        initial_deter, initial_stoch = self.initial()
+        first, (initial_deter, initial_stoch) = is_first[:, None], initial or self.initial()
         deter = torch.where(first, initial_deter, deter)
         stoch = torch.where(first, initial_stoch, stoch)
         deter = self.recur(deter, stoch, torch.where(first, 0, action))
@@ -935,10 +935,11 @@ class WorldModel(nn.Module):
     def observe(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Filter chunks [B, T, ...]: deter, stoch, and logits of posterior and prior."""
         embed, first, steps = self.encoder(batch), batch["is_first"], []
-        deter, stoch = (x.expand(len(first), -1) for x in self.rssm.initial())
+        initial = self.rssm.initial()
+        deter, stoch = (x.expand(len(first), -1) for x in initial)
         for t in range(first.shape[1]):
             deter, stoch, logit = self.rssm.observe(
-                deter, stoch, batch["action"][:, t], embed[:, t], first[:, t])
+                deter, stoch, batch["action"][:, t], embed[:, t], first[:, t], initial)
             steps.append((deter, stoch, logit))
         deter, stoch, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
         return {"deter": deter, "stoch": stoch, "post": post, "prior": self.rssm.prior(deter)}
@@ -997,6 +998,7 @@ class GoalAutoencoder(nn.Module):
         return loss, {"goal_loss": loss, "goal_rec": rec.mean(), "goal_kl": kl.mean(),
                       "goal_kl_scale": self.kl_adapt.scale}
 
+    @torch.no_grad()
     def novelty(self, deter: Tensor) -> Tensor:
         """Exploration reward: how badly states are reconstructed, [..., D] -> [...] (eq. 6)."""
         return ((self.decode(self.encode(deter).sample()) - deter) ** 2).mean(-1)
@@ -1145,8 +1147,6 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     is the mean over k steps, each weighted by the chance to get there within the block; cont
     is the product over the block that leads to a state.
     """
-    horizon = len(traj["cont"]) - 1
-    assert horizon % k == 0, (horizon, k)
     alive = traj["cont"][:-1].unflatten(0, (-1, k)).cumprod(1)  # [H/k, k, N]
     abstract = {"action": traj["skill"][::k]}
     for key, value in traj.items():
@@ -1189,9 +1189,7 @@ class Director(nn.Module):
             if config.worker_extr:
                 rewards["extr"] = config.worker_extr
         self.worker = ActorCritic(keys, feat, action, self.discrete, rewards, config)
-        self.players = {"worker": self.worker, "manager": self.manager}
-        if not self.manager:
-            del self.players["manager"]
+        self.players = {"worker": self.worker} | ({"manager": self.manager} if self.manager else {})
         for name, player in self.players.items():
             self.optimizers |= {f"{name}_{k}": v for k, v in player.optimizers.items()}
         self.grad_steps = 0
@@ -1200,6 +1198,7 @@ class Director(nn.Module):
     def tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         return {k: torch.as_tensor(v, device=self.config.device) for k, v in arrays.items()}
 
+    @torch.no_grad()
     def propose(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The manager's choice: skill [..., G, L] and goal [..., D] (paper, Section 2.3)."""
         skill = self.manager.policy(self.manager.inputs(state)).sample()
@@ -1246,8 +1245,7 @@ class Director(nn.Module):
                 # Actors do not change their inputs: the only way back is through the actions.
                 seen = {key: value.detach() for key, value in state.items()}
                 if self.manager and t % self.config.goal_duration == 0:
-                    with torch.no_grad():
-                        state["skill"], state["goal"] = self.propose(seen)
+                    state["skill"], state["goal"] = self.propose(seen)
                     seen["goal"] = state["goal"]
                 state["action"] = self.worker.policy(self.worker.inputs(seen)).sample()
                 steps.append(state)
@@ -1259,13 +1257,10 @@ class Director(nn.Module):
             feat = torch.cat([traj["deter"], traj["stoch"]], -1)[1:]
             cont = self.world_model.cont_head(feat).sigmoid()
             traj["cont"] = torch.cat([1 - terminal.float()[None], cont])
+            traj["reward_extr"] = symexp(self.world_model.reward_head(feat))
             if self.manager:
                 # A state is judged by the goal under which the action that led to it was taken.
                 traj["reward_goal"] = max_cosine(traj["goal"][:-1], traj["deter"][1:])
-        with torch.set_grad_enabled(not self.discrete and "extr" in self.worker.weights):
-            traj["reward_extr"] = symexp(self.world_model.reward_head(feat))
-        if self.manager:
-            with torch.no_grad():
                 traj["reward_expl"] = self.goals.novelty(traj["deter"][1:])
         return traj
 
