@@ -412,7 +412,7 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
 class Guard(gymnasium.Wrapper):
     """Makes an environment anew when it raises or is not finite, and closes its episode.
 
-    That episode ends truncated; `info["error"]` is the traceback.
+    That episode ends truncated; `info["guard_traceback"]` says why.
     """
 
     def __init__(self, make):
@@ -427,7 +427,7 @@ class Guard(gymnasium.Wrapper):
         except Exception:  # noqa: BLE001, whatever it raises
             error = self.renew()
             self.last, info = self.env.reset(**kwargs)
-            info = {**info, "error": error}
+            info = {**info, "guard_traceback": error}
         return self.last, info
 
     def step(self, action):
@@ -437,7 +437,7 @@ class Guard(gymnasium.Wrapper):
                 raise ValueError(f"observation or reward is not finite: {reward}, {obs}")
             self.last = obs
         except Exception:  # noqa: BLE001, whatever it raises
-            return self.last, 0.0, False, True, {"error": self.renew()}
+            return self.last, 0.0, False, True, {"guard_traceback": self.renew()}
         return obs, reward, terminated, truncated, info
 
     def renew(self) -> str:
@@ -499,7 +499,7 @@ class Driver:
         else:
             command = np.float32(action.clip(-1, 1))
         obs, reward, terminated, truncated, info = self.envs.step(command)
-        self.errors = [error for error in info.get("error", ()) if error]
+        self.errors = [error for error in info.get("guard_traceback", ()) if error]
         self.update(obs, action, reward, is_first, terminated | truncated, terminated)
 
     def update(self, obs, action, reward, is_first, is_last, is_terminal):
