@@ -466,9 +466,9 @@ def test_world_model_overfits_a_batch_and_its_heads_see_reward_and_end():
     batch = agent.tensors(pinpad_batch())
     for _ in range(250):
         loss, states, metrics = model.loss(batch)
-        first = first or float(metrics["image_loss"])
+        first = first or metrics["image_loss"].item()
         optimizer.minimize(loss)
-    assert float(metrics["image_loss"]) < 0.02 * first
+    assert metrics["image_loss"].item() < 0.02 * first
     feat = torch.cat([states["deter"], states["stoch"]], -1)
     reward = director.symexp(model.reward_head(feat))
     assert ((reward > 0.5) == (batch["reward"] > 0.5)).float().mean() > 0.95
@@ -504,7 +504,7 @@ def test_worker_learns_to_reach_a_goal_in_a_fixed_world_model(space):
     rewards = []
     for step in range(120):
         traj = agent.imagine(deter, stoch, torch.zeros(64, dtype=bool))
-        rewards.append(float(traj["reward_goal"][4:8].mean()))
+        rewards.append(traj["reward_goal"][4:8].mean().item())
         agent.worker.update(director.split_trajectory(traj, 8), copy_slow=step % 10 == 0)
     assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.1, (rewards[:5], rewards[-5:])
 
