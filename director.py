@@ -424,6 +424,7 @@ class Guard(gymnasium.Wrapper):
     def reset(self, **kwargs):
         try:
             self.last, info = self.env.reset(**kwargs)
+            self.demand_finite(0.0, self.last)
         except Exception:  # noqa: BLE001, whatever it raises
             error = self.renew()
             self.last, info = self.env.reset(**kwargs)
@@ -433,12 +434,15 @@ class Guard(gymnasium.Wrapper):
     def step(self, action):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-            if not all(np.isfinite(x).all() for x in (reward, *obs.values())):
-                raise ValueError(f"observation or reward is not finite: {reward}, {obs}")
+            self.demand_finite(reward, obs)
             self.last = obs
         except Exception:  # noqa: BLE001, whatever it raises
             return self.last, 0.0, False, True, {"guard_traceback": self.renew()}
         return obs, reward, terminated, truncated, info
+
+    def demand_finite(self, reward: float, obs: dict):
+        if not all(np.isfinite(x).all() for x in (reward, *obs.values())):
+            raise ValueError(f"observation or reward is not finite: {reward}, {obs}")
 
     def renew(self) -> str:
         error = traceback.format_exc()

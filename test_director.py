@@ -1121,6 +1121,19 @@ def test_an_environment_that_fails_is_made_anew_and_its_episode_truncated(
         assert not episode["is_terminal"].any()
 
 
+def test_an_environment_that_starts_with_nan_is_made_anew():
+    class Broken(Corridor):
+        def reset(self, *, seed=None, options=None):
+            obs, info = super().reset(seed=seed)
+            made.append(self)
+            return {"state": obs * (math.nan if len(made) == 1 else 1)}, info
+
+    made = []
+    obs, info = director.Guard(Broken).reset(seed=0)
+    assert np.isfinite(obs["state"]).all() and "not finite" in info["guard_traceback"]
+    assert len(made) == 2 and made[0] is not made[1]
+
+
 def test_environments_that_fail_all_the_time_stop_the_run_with_the_reason(
         tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Faulty, "faults", dict.fromkeys(range(40, 10**6, 40), "raise"))
