@@ -8,6 +8,7 @@ manager is rewarded for task reward and for novelty. Nobody is told what a good 
 
     python director.py --task dmc_walker_walk       train; the same command resumes
     python director.py --logdir RUN --eval 10       play 10 episodes with a trained agent
+    python director.py --benchmark                  time the parts of training
     python director.py --help                       every flag
 
 Where the paper is in this file:
@@ -43,10 +44,12 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import zipfile
@@ -61,6 +64,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 # ---- Configuration --------------------------------------------------------------------------
@@ -98,11 +102,14 @@ class Config:
     steps: int = option(1_000_000, "environment steps in all, prefill included")
     logdir: str = option("", "where to write; default: runs/<task>/<agent>-<size>-<seed>")
     eval: int = option(0, "play this many episodes with the agent in --logdir, and exit")
+    benchmark: bool = option(False, "time the parts of training, and exit")
+    json: bool = option(False, "--benchmark as JSON")
     log_every: int = option(1000, "environment steps between two log lines")
     save_every: float = option(300.0, "seconds between two checkpoints")
     video_every: int = option(20_000, "environment steps between two sets of pictures")
     # Data
     envs: int = option(4, "environments that are played side by side")
+    render_quality: str = option("full", "of MuJoCo; fast: no shadows, jagged", "full", "fast")
     prefill: int = option(10_000, "random environment steps before training starts")
     replay_size: int = option(1_000_000, "steps to keep; the oldest episodes go first")
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
@@ -152,7 +159,7 @@ class Config:
                 setattr(self, name, preset[self.size])
             low = 1 if field.type is int and field.default != 0 else 0
             low = {"skill_classes": 2, "discount": 0.01}.get(name, low)
-            if field.type is not str and not low <= getattr(self, name) < math.inf:
+            if field.type in (int, float) and not low <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {low}")
         if self.horizon % self.goal_duration:
             raise UserError(f"--horizon {self.horizon}: must be a multiple of --goal_duration "
@@ -188,8 +195,10 @@ def parse_args(argv: list[str] | None) -> dict:
             group = parser.add_argument_group(starts[field.name])
         text, choices = field.metadata["text"], field.metadata["choices"] or None
         kind = integer if field.type is int else field.type
-        group.add_argument(f"--{field.name}", type=kind, choices=choices, default=argparse.SUPPRESS,
-                           metavar=None if choices else "", help=f"{text} [{field.default}]")
+        value = {"action": "store_true"} if kind is bool else {
+            "type": kind, "choices": choices, "metavar": None if choices else ""}
+        group.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                           help=f"{text} [{field.default}]", **value)
     return vars(parser.parse_args(argv))
 
 
@@ -197,20 +206,26 @@ def parse_args(argv: list[str] | None) -> dict:
 # All are gymnasium.Env with a Dict observation: "image" [64, 64, 3] uint8, "state" [n] float32.
 
 
-def choose_renderer():
+@functools.cache
+def choose_renderer() -> str:
     """Set MUJOCO_GL to a backend that renders here without a screen; UserError if none does.
 
     It has to be known before dm_control is imported. Each candidate is tried in a process of
-    its own, because a broken driver can take its process with it.
+    its own, because a broken driver can take its process with it. Returns the name that OpenGL
+    gives the renderer, with "llvmpipe" or "softpipe" in it where the CPU does the work.
     """
-    probe = ("from dm_control import mujoco; "
-             "mujoco.Physics.from_xml_string('<mujoco><worldbody/></mujoco>').render(8, 8)")
+    probe = ("from dm_control import mujoco; from OpenGL import GL; "
+             "physics = mujoco.Physics.from_xml_string('<mujoco><worldbody/></mujoco>'); "
+             "physics.render(8, 8)\n"
+             "with physics.contexts.gl.make_current() as context:\n"
+             "    print(context.call(GL.glGetString, GL.GL_RENDERER).decode())")
     command, given = [sys.executable, "-c", probe], os.environ.get("MUJOCO_GL")
     for backend in [given] if given else ["egl", "osmesa", "glfw"]:
         env = {**os.environ, "MUJOCO_GL": backend}
-        if subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0:
+        tried = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if tried.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
-            return
+            return tried.stdout.strip()
     raise UserError(f"MuJoCo cannot render here with MUJOCO_GL={given or 'egl, osmesa or glfw'}. "
                     "On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. Without "
                     "rendering: --obs state, or --task pinpad_three")
@@ -227,10 +242,11 @@ class DMControl(gymnasium.Env):
     """A task of the DeepMind Control Suite, "walker_walk" for instance.
 
     obs: "pixels" (the task's camera), "state" (all its observations in one vector), or "both".
-    Actions are scaled to [-1, 1]. Most tasks truncate episodes after 1000 steps.
+    quality: "fast" renders without shadows and multisampling. Actions are scaled to [-1, 1]. Most
+    tasks truncate episodes after 1000 steps.
     """
 
-    def __init__(self, name: str, obs: str = "pixels"):
+    def __init__(self, name: str, obs: str = "pixels", quality: str = "full"):
         from dm_control import suite  # after `choose_renderer`
 
         tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
@@ -239,6 +255,9 @@ class DMControl(gymnasium.Env):
             raise unknown_task(f"dmc_{name}", [f"dmc_{task}" for task in tasks])
         self.env = suite.load(*tasks[name])
         self.camera = 2 if tasks[name][0] == "quadruped" else 0
+        if quality == "fast":
+            self.env.physics.model.vis.quality.offsamples = 0
+            self.env.physics.model.vis.quality.shadowsize = 0
         self.keys = {"pixels": ("image",), "state": ("state",), "both": ("image", "state")}[obs]
         size = sum(math.prod(spec.shape) for spec in self.env.observation_spec().values())
         space = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8),
@@ -391,7 +410,7 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
         obs = "pixels" if config.obs == "auto" else config.obs
         if obs != "state":
             choose_renderer()
-        env = DMControl(name, obs)
+        env = DMControl(name, obs, config.render_quality)
     elif suite in ("pinpad", "gym"):
         env = PinPad(name) if suite == "pinpad" else make_gym(name)
     else:
@@ -459,6 +478,11 @@ def make_envs(config: Config, amount: int) -> gymnasium.vector.VectorEnv:
     the step after that ignores its action and brings the first observation of the next one.
     """
     make_env(config.task, config).close()  # a user's mistake shows here, in this process
+    if config.task.startswith("dmc_") and config.obs != "state" and config.render_quality == "full":
+        renderer = choose_renderer()
+        if re.search("llvmpipe|softpipe|software", renderer, re.IGNORECASE):
+            print(f"MuJoCo is rendered on the CPU ({renderer}); --render_quality fast, without "
+                  "shadows and smooth edges, is several times as fast.")
     make = [functools.partial(Guard, functools.partial(make_env, config.task, config))] * amount
     if config.task.startswith(("pinpad_", "gym_")) and not config.task.startswith("gym_ALE/"):
         return SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -940,7 +964,7 @@ class Optimizer(torch.optim.AdamW):
         self.params = list(module.parameters())
         groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": 1e-2},
                   {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
-        super().__init__(groups, lr=config.learning_rate, eps=1e-6)
+        super().__init__(groups, lr=config.learning_rate, eps=1e-6, fused=config.device == "cuda")
 
     def minimize(self, loss: Tensor) -> Tensor:
         """One step; returns the norm of the gradient before clipping.
@@ -1310,31 +1334,42 @@ class Director(nn.Module):
 
     def train_step(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """One gradient step of everything on replay chunks [B, T, ...]; scalar metrics."""
-        config, batch = self.config, self.tensors(batch)
-        copy_slow = self.grad_steps % config.slow_every == 0
+        batch = self.tensors(batch)
+        copy_slow = self.grad_steps % self.config.slow_every == 0
         self.grad_steps += 1
-        with autocast(config):
+        deter, stoch, metrics = self.train_model(batch)
+        if self.manager:
+            metrics |= self.train_goals(deter)
+        metrics |= self.train_behavior(deter, stoch, batch["is_terminal"].flatten(), copy_slow)
+        return {key: value.detach().clone() for key, value in metrics.items()}
+
+    def train_model(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
+        """World model; returns deter and stoch of all BT states, and metrics."""
+        with autocast(self.config):
             loss, states, metrics = self.world_model.loss(batch)
         metrics["model_grad_norm"] = self.optimizers["model"].minimize(loss)
-
         deter, stoch = (states[key].detach().flatten(0, 1) for key in ("deter", "stoch"))
-        if self.manager:
-            with autocast(config):
-                loss, more = self.goals.loss(deter)
-            metrics |= {**more, "goal_grad_norm": self.optimizers["goal"].minimize(loss)}
+        return deter, stoch, metrics
 
-        with autocast(config):
-            traj = self.imagine(deter, stoch, batch["is_terminal"].flatten())
-        trajs = {"worker": traj}
+    def train_goals(self, deter: Tensor) -> dict[str, Tensor]:
+        """Goal autoencoder, on states [N, D]; returns metrics."""
+        with autocast(self.config):
+            loss, metrics = self.goals.loss(deter)
+        return metrics | {"goal_grad_norm": self.optimizers["goal"].minimize(loss)}
+
+    def train_behavior(self, deter: Tensor, stoch: Tensor, terminal: Tensor, copy_slow: bool):
+        """Worker and manager, on trajectories imagined from N states; returns metrics."""
+        with autocast(self.config):
+            traj = self.imagine(deter, stoch, terminal)
+        trajs, metrics, k = {"worker": traj}, {}, self.config.goal_duration
         if self.manager:
-            k = config.goal_duration
             metrics["goal_reached"] = (traj["reward_goal"][k - 1 :: k] > 0.7).float().mean()
             trajs["worker"] = split_trajectory(traj, k)
             trajs["manager"] = abstract_trajectory({k: v.detach() for k, v in traj.items()}, k)
         for name, player in self.players.items():
             more = player.update(trajs[name], copy_slow)
             metrics |= {f"{name}_{key}": value for key, value in more.items()}
-        return {key: value.detach().clone() for key, value in metrics.items()}
+        return metrics
 
 
 # ---- Logging, pictures, checkpoints ---------------------------------------------------------
@@ -1373,6 +1408,8 @@ class Run:
         self.step = 0  # environment steps
         self.pending = 0  # environment steps since the last gradient step
         self.metrics = []  # of the gradient steps since the last log line
+        self.start = time.time()  # minus what earlier processes took
+        self.training = 0.0  # seconds in train steps
         self.best = -math.inf  # score
         self.paths = [self.logdir / name for name in ("checkpoint.pt", "previous.pt")]
         self.writer = None
@@ -1385,6 +1422,7 @@ class Run:
             "config": dataclasses.asdict(self.config), "agent": self.agent.state_dict(),
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
             "counters": [self.step, self.pending, self.agent.grad_steps, self.best],
+            "seconds": time.time() - self.start,
             "rngs": [self.rng.bit_generator.state, self.replay.rng.bit_generator.state],
             "torch_rngs": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]],
             "metrics": self.metrics, "episodes": self.replay.save(self.logdir / "replay")}, buffer)
@@ -1406,8 +1444,8 @@ class Run:
                 raise UserError(f"--logdir {self.logdir}: no checkpoint there can be read; move "
                                 "them away to start anew, or use another --logdir")
             return False
-        for key in ("task", "obs", "agent", "deter", "hidden", "stoch", "classes", "units",
-                    "layers", "cnn_depth", "skill_groups", "skill_classes", "worker_extr"):
+        for key in ("task", "obs", "render_quality", "agent", "deter", "hidden", "stoch", "classes",
+                    "units", "layers", "cnn_depth", "skill_groups", "skill_classes", "worker_extr"):
             old, new = state["config"][key], getattr(self.config, key)
             if old != new:
                 raise UserError(f"--logdir {self.logdir}: holds a run with --{key} {old}, not "
@@ -1416,6 +1454,7 @@ class Run:
         for key, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
         self.step, self.pending, self.agent.grad_steps, self.best = counters
+        self.start = time.time() - state["seconds"]
         self.rng.bit_generator.state, self.replay.rng.bit_generator.state = state["rngs"]
         torch.set_rng_state(state["torch_rngs"][0])
         if self.config.device == "cuda" and state["torch_rngs"][1:]:
@@ -1441,8 +1480,9 @@ class Run:
 
     def log(self, metrics: dict[str, float]):
         """Append to metrics.jsonl, and to TensorBoard's events under the same names."""
+        line = {"step": self.step, "seconds": round(time.time() - self.start, 1), **metrics}
         with open(self.logdir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+            file.write(json.dumps(line) + "\n")
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, self.step)
 
@@ -1469,7 +1509,9 @@ class Run:
         while self.pending >= self.config.train_every:
             self.pending -= self.config.train_every
             batch = self.replay.sample(self.config.batch_size, self.config.batch_length)
+            begin = time.time()
             self.metrics.append(self.agent.train_step(batch))
+            self.training += time.time() - begin
 
     def picture(self, name: str, *rows: Tensor):
         """Images [B, T, h, w, 3] uint8, rows of B of them, to pictures/<step>-<name>.
@@ -1592,9 +1634,10 @@ def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
     config, state, goal, errors = run.config, None, None, []
     say = functools.partial(print, flush=True) if bar.disable else bar.write
     run.replay.add(driver.rows)
-    saved, drawn, logged, times = time.time(), run.step, run.step, [0.0, 0.0]
+    saved, drawn = time.time(), run.step
+    logged, since, run.training = run.step, time.time(), 0.0
     while run.step < config.steps and not stops:
-        before, begin = run.step, time.time()
+        before = run.step
         if before < config.prefill:
             action = driver.random(run.rng)
         else:
@@ -1623,27 +1666,24 @@ def play(run: Run, driver: Driver, bar: tqdm.tqdm, stops: list):
                 run.save()
                 raise RunError(f"environments failed {len(errors)} times in 1000 steps, see above; "
                                f"saved at step {run.step}. The last: {error.splitlines()[-1]}")
-        times[0] += time.time() - begin
         if before >= config.prefill:
-            begin = time.time()
             run.train(run.step - before)
-            times[1] += time.time() - begin
         bar.set_description("random actions" if run.step < config.prefill else "training", False)
         bar.update(run.step - before)
 
         if before // config.log_every < run.step // config.log_every or run.step >= config.steps:
             metrics = run.averages()
-            rate = (run.step - logged) / sum(times)
+            seconds = time.time() - since
+            rate = (run.step - logged) / seconds
             run.log({
                 **metrics, "train/grad_steps": run.agent.grad_steps,
-                "train/steps_per_second": rate, "train/acting_seconds": times[0],
-                "train/training_seconds": times[1], "train/replay_steps": run.replay.steps,
-                "train/peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                / (2**20 if sys.platform == "linux" else 2**30)})
+                "train/steps_per_second": rate, "train/other_seconds": seconds - run.training,
+                "train/training_seconds": run.training, "train/replay_steps": run.replay.steps,
+                "train/peak_memory_gb": peak_memory()})
             losses = [f"  {k[6:]} {v:.3g}" for k, v in metrics.items() if k.endswith("loss")]
             say(f"step {run.step}: {run.agent.grad_steps} gradient steps, {rate:.1f} steps/s"
                 + "".join(losses))
-            logged, times = run.step, [0.0, 0.0]
+            logged, since, run.training = run.step, time.time(), 0.0
         due = driver.film and run.step >= drawn + config.video_every
         if due and driver.rows["is_last"][0]:
             run.draw(driver.film)
@@ -1692,6 +1732,114 @@ def evaluate(config: Config) -> list[float]:
     return scores
 
 
+def benchmark(config: Config) -> dict[str, dict]:
+    """Time the parts of training; prints and returns {part: {median, min, max, unit}}."""
+    rows, clocks = {}, {}
+    envs = make_envs(config, config.envs)
+    run, driver = Run(config, envs), Driver(envs, config.seed)
+    agent, rng, worlds = run.agent, run.rng, {"environments, in parallel": driver}
+    shows = [("with", "auto"), ("without", "state")][: 1 + config.task.startswith("dmc_")]
+    for word, obs in shows:
+        make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
+        worlds[f"one environment, {word} rendering"] = Driver(SyncVectorEnv([make]), config.seed)
+
+    def add(part: str, unit: str, values):
+        low, median, high = np.quantile(values, (0, 0.5, 1)).tolist()
+        rows[part] = {"median": median, "min": low, "max": high, "unit": unit}
+
+    def timed(call, seconds: list[float]):
+        """The same function, which also notes how long it takes."""
+
+        def wrapper(*args):
+            begin = time.perf_counter()
+            result = call(*args)
+            if config.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+            return result
+
+        return wrapper
+
+    def measure(call, repeats: int, *args) -> np.ndarray:
+        """Seconds of each of so many calls, after two others."""
+        call = timed(call, seconds := [])
+        for _ in range(repeats + 2):
+            call(*args)
+        return np.array(seconds[2:])
+
+    for name, world in worlds.items():
+        seconds = measure(lambda world=world: world.step(world.random(rng)), 200)
+        add(name, "steps/s", len(world.score) / seconds)
+    for _ in range(2 * config.batch_length):
+        run.replay.add(driver.rows)
+        driver.step(driver.random(rng))
+    add(f"acting in {config.envs}", "s", measure(lambda: agent.policy(driver.rows)[0].cpu(), 50))
+    sizes = config.batch_size, config.batch_length
+    add("replay, one batch", "s", measure(run.replay.sample, 20, *sizes))
+
+    batch = run.replay.sample(*sizes)
+    seconds = measure(agent.train_step, 5, batch)
+    add("train step", "s", seconds)
+    with FlopCounterMode(display=False) as counter:
+        agent.train_step(batch)
+    n = 2048 if config.device == "cpu" else 8192
+    x = torch.randn(n, n, device=config.device, dtype=getattr(torch, config.precision))
+    with autocast(config):
+        rate = 2e-12 * n**3 / measure(linear, 10, x, x)
+    add("matrix product", "TFLOP/s", rate)
+    work = counter.get_total_flops() / 1e12
+    add("train step, work", "TFLOP", [work])
+    add("train step, share of the matrix rate", "", work / seconds / np.median(rate))
+    for part, owners, name in (
+            ("world model", [agent], "train_model"), ("goal autoencoder", [agent], "train_goals"),
+            ("imagination and behaviour", [agent], "train_behavior"),
+            ("optimisers, in these three", agent.optimizers.values(), "step")):
+        clocks[part] = []
+        for owner in owners:
+            setattr(owner, name, timed(getattr(owner, name), clocks[part]))
+    for _ in range(5):
+        agent.train_step(batch)
+    for part, seconds in clocks.items():
+        if seconds:
+            add(f"train step, {part}", "s", np.reshape(seconds, (5, -1)).sum(1))
+    add("peak memory", "GB", [peak_memory()])
+    close(envs)
+
+    # The whole program: from its start to the first gradient step, then the loop.
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {key: value for key, value in dataclasses.asdict(config).items()
+                 if not isinstance(value, bool)}
+        flags |= {"logdir": folder, "prefill": config.envs * config.batch_length,
+                  "log_every": 4 * config.train_every}
+        for steps in (1, 24):
+            flags["steps"] = flags["prefill"] + steps * config.train_every
+            command = [sys.executable, __file__, *(f"--{k}={v}" for k, v in flags.items())]
+            begin = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            if steps == 1:
+                add("start to first gradient step", "s", [time.perf_counter() - begin])
+        lines = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
+        lines = [line for line in map(json.loads, lines) if "train/other_seconds" in line][2:]
+    add("whole loop", "steps/s", [line["train/steps_per_second"] for line in lines])
+    add("whole loop, share of all but train steps", "",
+        [x["train/other_seconds"] / (x["train/other_seconds"] + x["train/training_seconds"])
+         for x in lines])
+    if config.json:
+        print(json.dumps({"config": dataclasses.asdict(config), **rows}))
+    else:
+        for part, row in rows.items():
+            print(f"{part:42}" + "{median:10.4g} ({min:.4g} to {max:.4g}) {unit}".format(**row))
+    return rows
+
+
+def peak_memory() -> float:
+    """Most memory that this process has had, in GB: of the GPU, if it computes there."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**20 if sys.platform == "linux" else 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def keep_memory():
     """Ask glibc not to hand large buffers back to the kernel after each step.
 
@@ -1720,8 +1868,8 @@ def main(argv: list[str] | None = None) -> int:
             flags = {**saved_config(pathlib.Path(flags["logdir"], "config.json")), **flags}
         config = Config(**flags)
         keep_memory()
-        if config.eval:
-            evaluate(config)
+        if config.eval or config.benchmark:
+            (evaluate if config.eval else benchmark)(config)
             return 0
         number = train(config)
         return 128 + number if number else 0

@@ -20,6 +20,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import director
 from director import Config, Director, Driver, PinPad, Replay
@@ -37,7 +38,8 @@ def tensor(values) -> torch.Tensor:
 
 
 def close(actual, expected, rtol=1e-5, atol=1e-7):
-    np.testing.assert_allclose(torch.as_tensor(actual).detach().numpy(), expected, rtol, atol)
+    actual, expected = (torch.as_tensor(x).detach().numpy() for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol, atol)
 
 
 def random_batch(rng, size, length, discrete, actions):
@@ -509,6 +511,73 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(modes, monkeypatch)
         assert (half - full).norm() < 0.15 * full.norm() + 1e-3, full.shape
 
 
+# ---- Fast paths -----------------------------------------------------------------------------
+
+
+def test_linear_gives_what_torch_does_with_its_gradients():
+    for rows in ((), (7,), (3, 50)):  # few rows take the plain path, many the other one
+        x, weight = torch.randn(*rows, 20, requires_grad=True), torch.randn(30, 20)
+        bias, results = torch.randn(30, requires_grad=True), []
+        weight.requires_grad_()
+        for function in (director.linear, torch.nn.functional.linear):
+            y = function(x, weight, bias)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_is_a_chain_of_transposed_convolutions():
+    decoder, feat = make_agent().world_model.decoder, torch.randn(2, 3, 32)
+    close(decoder(feat)["image"], decoder.image(feat.reshape(6, 32, 1, 1)).permute(0, 2, 3, 1)
+          .sigmoid().reshape(2, 3, 64, 64, 3), rtol=1e-4)
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait for the values of a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), name
+        if name == "index":  # by a mask, whose count would have to be known
+            assert all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+def test_a_train_step_works_in_place_and_never_waits_for_values(space, monkeypatch):
+    agent = make_agent(space)
+    batch = random_batch(np.random.default_rng(0), 2, 9, agent.discrete, agent.sizes["action"])
+    agent.train_step(batch)
+
+    def tensors():
+        states = [x for o in agent.optimizers.values() for s in o.state.values() for x in s.values()]
+        return {x.data_ptr(): x.clone() for x in (*agent.state_dict().values(), *states)}
+
+    before, first = tensors(), agent.train_step(batch)
+    values = {key: value.clone() for key, value in first.items()}
+    after = tensors()
+    monkeypatch.setattr(director.Optimizer, "step", lambda self: None)  # reads its count on a CPU
+    with NoReads():
+        agent.train_step(batch)
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[key], after[key]) for key in before) > 0.7 * len(before)
+    assert all(torch.equal(first[key], values[key]) for key in first)  # metrics are copies
+
+
+def test_the_benchmark_times_every_part_and_prints_json(capsys):
+    flags = [*TINY_FLAGS, "--batch_size=2", "--batch_length=8", "--train_every=8", "--envs=2"]
+    assert director.main(["--benchmark", "--json", "--task=pinpad_three", *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    parts = ("world model", "goal autoencoder", "imagination and behaviour")
+    total = sum(result[f"train step, {part}"]["median"] for part in parts)
+    assert total == pytest.approx(result["train step"]["median"], rel=0.5)
+    assert 0 < result["train step, share of the matrix rate"]["median"] < 1
+    assert 0 < result["whole loop, share of all but train steps"]["median"] < 1
+    assert result["start to first gradient step"]["median"] < 60
+    assert director.main(["--benchmark", "--task=gym_CartPole-v1", "--agent=dreamer", *flags]) == 0
+    assert "whole loop" in capsys.readouterr().out
+
+
 # ---- Learning: each test fails if its piece is disconnected ----------------------------------
 
 
@@ -731,6 +800,19 @@ def test_walker_pixels_show_the_walker_move_and_the_episode_is_truncated_after_1
         assert not terminated and truncated == (step == 1000)
 
 
+@needs_rendering
+def test_fast_rendering_is_offered_where_the_cpu_renders(monkeypatch, capsys):
+    images = []
+    for quality in ("full", "fast"):
+        config = Config(task="dmc_walker_walk", render_quality=quality)
+        images.append(director.make_env(config.task, config).reset(seed=0)[0]["image"])
+    assert 0 < np.abs(np.subtract(*np.float32(images))).mean() < 10
+    for renderer, said in (("llvmpipe (LLVM 15)", True), ("NVIDIA H100", False)):
+        monkeypatch.setattr(director, "choose_renderer", lambda name=renderer: name)
+        director.close(director.make_envs(Config(task="dmc_cartpole_balance"), 1))
+        assert ("--render_quality fast" in capsys.readouterr().out) == said
+
+
 class Counter(gymnasium.Env):
     """Observes its step, last action and episode; every other episode ends in failure."""
 
@@ -863,7 +945,7 @@ def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp
     assert last["train/grad_steps"] == 25 and last["train/model_loss"] > 0
     accumulator = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     accumulator.Reload()
-    names = {key for line in read_metrics(tmp_path) for key in line if key != "step"}
+    names = {key for line in read_metrics(tmp_path) for key in line} - {"step", "seconds"}
     assert names == set(accumulator.Tags()["scalars"])
     events = accumulator.Scalars("train/model_loss")
     assert [event.step for event in events] == [150, 200, 250, 300]
@@ -958,6 +1040,7 @@ def test_a_machine_without_opengl_is_told_what_to_install(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     failed = subprocess.CompletedProcess([], returncode=1)
     monkeypatch.setattr(director.subprocess, "run", lambda *_, **__: failed)
+    director.choose_renderer.cache_clear()
     with pytest.raises(director.UserError, match="libegl1 libgl1-mesa-dri.*--obs state"):
         director.choose_renderer()
 
