@@ -52,6 +52,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 
 import gymnasium
@@ -247,7 +248,8 @@ class DMControl(gymnasium.Env):
     """
 
     def __init__(self, name: str, obs: str = "pixels", quality: str = "full"):
-        from dm_control import suite  # after `choose_renderer`
+        with warnings.catch_warnings(action="ignore"):  # of glfw's, where there is no screen
+            from dm_control import suite  # after `choose_renderer`
 
         tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         tasks["cup_catch"] = tasks["ball_in_cup_catch"]
@@ -1734,14 +1736,7 @@ def evaluate(config: Config) -> list[float]:
 
 def benchmark(config: Config) -> dict[str, dict]:
     """Time the parts of training; prints and returns {part: {median, min, max, unit}}."""
-    rows, clocks = {}, {}
-    envs = make_envs(config, config.envs)
-    run, driver = Run(config, envs), Driver(envs, config.seed)
-    agent, rng, worlds = run.agent, run.rng, {"environments, in parallel": driver}
-    shows = [("with", "auto"), ("without", "state")][: 1 + config.task.startswith("dmc_")]
-    for word, obs in shows:
-        make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
-        worlds[f"one environment, {word} rendering"] = Driver(SyncVectorEnv([make]), config.seed)
+    rows = {}
 
     def add(part: str, unit: str, values):
         low, median, high = np.quantile(values, (0, 0.5, 1)).tolist()
@@ -1760,75 +1755,78 @@ def benchmark(config: Config) -> dict[str, dict]:
 
         return wrapper
 
-    def measure(call, repeats: int, *args) -> np.ndarray:
+    def measure(repeats: int, call, *args) -> np.ndarray:
         """Seconds of each of so many calls, after two others."""
         call = timed(call, seconds := [])
         for _ in range(repeats + 2):
             call(*args)
         return np.array(seconds[2:])
 
-    for name, world in worlds.items():
-        seconds = measure(lambda world=world: world.step(world.random(rng)), 200)
-        add(name, "steps/s", len(world.score) / seconds)
-    for _ in range(2 * config.batch_length):
-        run.replay.add(driver.rows)
-        driver.step(driver.random(rng))
-    add(f"acting in {config.envs}", "s", measure(lambda: agent.policy(driver.rows)[0].cpu(), 50))
-    sizes = config.batch_size, config.batch_length
-    add("replay, one batch", "s", measure(run.replay.sample, 20, *sizes))
-
-    batch = run.replay.sample(*sizes)
-    seconds = measure(agent.train_step, 5, batch)
-    add("train step", "s", seconds)
-    with FlopCounterMode(display=False) as counter:
-        agent.train_step(batch)
-    n = 2048 if config.device == "cpu" else 8192
-    x = torch.randn(n, n, device=config.device, dtype=getattr(torch, config.precision))
-    with autocast(config):
-        rate = 2e-12 * n**3 / measure(linear, 10, x, x)
-    add("matrix product", "TFLOP/s", rate)
-    work = counter.get_total_flops() / 1e12
-    add("train step, work", "TFLOP", [work])
-    add("train step, share of the matrix rate", "", work / seconds / np.median(rate))
-    for part, owners, name in (
-            ("world model", [agent], "train_model"), ("goal autoencoder", [agent], "train_goals"),
-            ("imagination and behaviour", [agent], "train_behavior"),
-            ("optimisers, in these three", agent.optimizers.values(), "step")):
-        clocks[part] = []
-        for owner in owners:
-            setattr(owner, name, timed(getattr(owner, name), clocks[part]))
-    for _ in range(5):
-        agent.train_step(batch)
-    for part, seconds in clocks.items():
-        if seconds:
-            add(f"train step, {part}", "s", np.reshape(seconds, (5, -1)).sum(1))
-    add("peak memory", "GB", [peak_memory()])
-    close(envs)
-
     # The whole program: from its start to the first gradient step, then the loop.
     with tempfile.TemporaryDirectory() as folder:
-        flags = {key: value for key, value in dataclasses.asdict(config).items()
-                 if not isinstance(value, bool)}
+        flags = {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool)}
         flags |= {"logdir": folder, "prefill": config.envs * config.batch_length,
                   "log_every": 4 * config.train_every}
-        for steps in (1, 24):
-            flags["steps"] = flags["prefill"] + steps * config.train_every
+        for grad_steps in (1, 24):
+            flags["steps"] = flags["prefill"] + grad_steps * config.train_every
             command = [sys.executable, __file__, *(f"--{k}={v}" for k, v in flags.items())]
             begin = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            if steps == 1:
+            if grad_steps == 1:
                 add("start to first gradient step", "s", [time.perf_counter() - begin])
         lines = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
-        lines = [line for line in map(json.loads, lines) if "train/other_seconds" in line][2:]
+    lines = [line for line in map(json.loads, lines) if "train/model_loss" in line][2:]
+    train, other = ([x[f"train/{key}_seconds"] for x in lines] for key in ("training", "other"))
     add("whole loop", "steps/s", [line["train/steps_per_second"] for line in lines])
-    add("whole loop, share of all but train steps", "",
-        [x["train/other_seconds"] / (x["train/other_seconds"] + x["train/training_seconds"])
-         for x in lines])
+    add("whole loop, all but train steps", "of 1", np.divide(other, np.add(train, other)))
+
+    envs = make_envs(config, config.envs)
+    run, driver = Run(config, envs), Driver(envs, config.seed)
+    agent, worlds, shows = run.agent, {"environments, all at once": driver}, {"": config.obs}
+    if config.task.startswith("dmc_"):
+        shows = {"with rendering": config.obs, "without": "state"}
+    for word, obs in shows.items():
+        if (word, obs) != ("with rendering", "state"):
+            make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
+            worlds[f"environment alone {word}"] = Driver(SyncVectorEnv([make]), config.seed)
+    for part, world in worlds.items():
+        seconds = measure(200, lambda world=world: world.step(world.random(run.rng)))
+        add(part, "steps/s", len(world.score) / seconds)
+    for _ in range(2 * config.batch_length):
+        run.replay.add(driver.rows)
+        driver.step(driver.random(run.rng))
+    sizes = config.batch_size, config.batch_length
+    add("acting", "s", measure(50, lambda: agent.policy(driver.rows)[0].cpu()))
+    add("replay, one batch", "s", measure(20, run.replay.sample, *sizes))
+
+    batch = run.replay.sample(*sizes)
+    seconds = measure(5, agent.train_step, batch)
+    add("train step", "s", seconds)
+    with FlopCounterMode(display=False) as counter:
+        agent.train_step(batch)
+    work, n = counter.get_total_flops() / 1e12, 2048 if config.device == "cpu" else 8192
+    x = torch.randn(n, n, device=config.device, dtype=getattr(torch, config.precision))
+    with autocast(config):
+        rate = 2e-12 * n**3 / measure(10, linear, x, x)
+    add("  of it arithmetic", "TFLOP", [work])
+    add("  share of the matrix rate", "of 1", work / seconds / np.median(rate))
+    clocks = {"model": [], "goals": [], "behavior": [], "optimizers, in these": []}
+    for part, owner, name in [(key, agent, f"train_{key}") for key in list(clocks)[:3]] + [
+            ("optimizers, in these", x, "step") for x in agent.optimizers.values()]:
+        setattr(owner, name, timed(getattr(owner, name), clocks[part]))
+    for _ in range(5):
+        agent.train_step(batch)
+    for part, seconds in clocks.items():
+        if seconds:  # a flat agent has no goals
+            add(f"  of it {part}", "s", np.reshape(seconds, (5, -1)).sum(1))
+    add("matrix product", "TFLOP/s", rate)
+    add("peak memory", "GB", [peak_memory()])
+    close(envs)
     if config.json:
         print(json.dumps({"config": dataclasses.asdict(config), **rows}))
     else:
         for part, row in rows.items():
-            print(f"{part:42}" + "{median:10.4g} ({min:.4g} to {max:.4g}) {unit}".format(**row))
+            print(f"{part:32}" + "{median:10.4g} {unit} ({min:.4g} to {max:.4g})".format(**row))
     return rows
 
 
