@@ -63,7 +63,7 @@ import torch.nn.functional as F
 import tqdm
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -200,6 +200,8 @@ def parse_args(argv: list[str] | None) -> dict:
             "type": kind, "choices": choices, "metavar": None if choices else ""}
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
                            help=f"{text} [{field.default}]", **value)
+    parser.add_argument("--plot", nargs="+", metavar="LOGDIR", default=argparse.SUPPRESS,
+                        help="draw the returns of runs to plot.png, and exit")
     return vars(parser.parse_args(argv))
 
 
@@ -1734,6 +1736,40 @@ def evaluate(config: Config) -> list[float]:
     return scores
 
 
+def plot(logdirs: list[str], path: str = "plot.png"):
+    """Draw the returns of runs over steps and over hours: a line each, means over 5% of the axis."""
+    runs, colors = {}, ("blue", "red", "green", "orange", "purple", "brown", "gray", "black")
+    for folder in logdirs:
+        try:
+            lines = map(json.loads, pathlib.Path(folder, "metrics.jsonl").read_text().splitlines())
+        except OSError as error:
+            raise UserError(f"--plot {folder}: {error}") from error
+        runs[folder] = np.array([(x["step"], x["seconds"] / 3600, x["episode/score"])
+                                 for x in lines if "episode/score" in x]).reshape(-1, 3)
+    image = Image.new("RGB", (1300, 480 + 22 * len(runs)), "white")
+    draw, font, rows = ImageDraw.Draw(image), ImageFont.load_default(16), np.vstack([*runs.values()])
+    if not len(rows):
+        raise UserError(f"--plot {' '.join(logdirs)}: no episode has ended there")
+    low, high = min(0, rows[:, 2].min()), rows[:, 2].max() or 1
+    for axis, label in enumerate(("environment steps", "hours")):
+        left, end = 80 + 640 * axis, rows[:, axis].max()
+        draw.rectangle((left, 20, left + 540, 420), outline="black")
+        draw.text((left + 270, 440), label, "black", font, anchor="mt")
+        for tick in (0, 0.25, 0.5, 0.75, 1):
+            draw.text((left + 540 * tick, 423), f"{end * tick:.4g}", "black", font, anchor="mt")
+            draw.text((left - 5, 420 - 400 * tick), f"{low + (high - low) * tick:.4g}", "black", font,
+                      anchor="rm")
+        for number, (folder, episodes) in enumerate(runs.items()):
+            color = colors[number % len(colors)]
+            draw.text((80, 465 + 22 * number), folder, color, font)
+            bins = (20 * episodes[:, axis] / end).astype(int)
+            points = [episodes[bins == index].mean(0) for index in np.unique(bins)]
+            draw.line([(left + 540 * point[axis] / end, 420 - 400 * (point[2] - low) / (high - low))
+                       for point in points], color, 3)
+    image.save(path)
+    print(f"wrote {path}")
+
+
 def benchmark(config: Config) -> dict[str, dict]:
     """Time the parts of training; prints and returns {part: {median, min, max, unit}}."""
     rows = {}
@@ -1862,6 +1898,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 2 for a user's mistake, 1 for a run that failed."""
     try:
         flags = parse_args(argv)
+        if "plot" in flags:
+            plot(flags["plot"])
+            return 0
         if flags.get("eval") and "logdir" in flags:
             flags = {**saved_config(pathlib.Path(flags["logdir"], "config.json")), **flags}
         config = Config(**flags)
