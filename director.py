@@ -1737,7 +1737,7 @@ def evaluate(config: Config) -> list[float]:
 
 
 def plot(logdirs: list[str], path: str = "plot.png"):
-    """Draw the returns of runs over steps and over hours: a line each, means over 5% of the axis."""
+    """Draw the returns of runs over steps and over hours, as means over 5% of the axis."""
     runs, colors = {}, ("blue", "red", "green", "orange", "purple", "brown", "gray", "black")
     for folder in logdirs:
         try:
@@ -1747,7 +1747,8 @@ def plot(logdirs: list[str], path: str = "plot.png"):
         runs[folder] = np.array([(x["step"], x["seconds"] / 3600, x["episode/score"])
                                  for x in lines if "episode/score" in x]).reshape(-1, 3)
     image = Image.new("RGB", (1300, 480 + 22 * len(runs)), "white")
-    draw, font, rows = ImageDraw.Draw(image), ImageFont.load_default(16), np.vstack([*runs.values()])
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
+    rows = np.vstack([*runs.values()])
     if not len(rows):
         raise UserError(f"--plot {' '.join(logdirs)}: no episode has ended there")
     low, high = min(0, rows[:, 2].min()), rows[:, 2].max() or 1
@@ -1756,9 +1757,9 @@ def plot(logdirs: list[str], path: str = "plot.png"):
         draw.rectangle((left, 20, left + 540, 420), outline="black")
         draw.text((left + 270, 440), label, "black", font, anchor="mt")
         for tick in (0, 0.25, 0.5, 0.75, 1):
-            draw.text((left + 540 * tick, 423), f"{end * tick:.4g}", "black", font, anchor="mt")
-            draw.text((left - 5, 420 - 400 * tick), f"{low + (high - low) * tick:.4g}", "black", font,
-                      anchor="rm")
+            x, y = f"{end * tick:.4g}", f"{low + (high - low) * tick:.4g}"
+            draw.text((left + 540 * tick, 423), x, "black", font, anchor="mt")
+            draw.text((left - 5, 420 - 400 * tick), y, "black", font, anchor="rm")
         for number, (folder, episodes) in enumerate(runs.items()):
             color = colors[number % len(colors)]
             draw.text((80, 465 + 22 * number), folder, color, font)
@@ -1777,26 +1778,18 @@ def benchmark(config: Config) -> dict[str, dict]:
     def add(part: str, unit: str, values):
         low, median, high = np.quantile(values, (0, 0.5, 1)).tolist()
         rows[part] = {"median": median, "min": low, "max": high, "unit": unit}
+        return median
 
-    def timed(call, seconds: list[float]):
-        """The same function, which also notes how long it takes."""
-
-        def wrapper(*args):
-            begin = time.perf_counter()
-            result = call(*args)
+    def measure(part: str, repeats: int, call, amount: float = 0, unit: str = "steps/s") -> float:
+        """Median seconds of a call, after two others; or the rate, if it does some amount."""
+        times = [time.perf_counter()]
+        for _ in range(repeats + 2):
+            call()
             if config.device == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-            return result
-
-        return wrapper
-
-    def measure(repeats: int, call, *args) -> np.ndarray:
-        """Seconds of each of so many calls, after two others."""
-        call = timed(call, seconds := [])
-        for _ in range(repeats + 2):
-            call(*args)
-        return np.array(seconds[2:])
+            times.append(time.perf_counter())
+        seconds = np.diff(times)[2:]
+        return add(part, unit, amount / seconds) if amount else add(part, "s", seconds)
 
     # The whole program: from its start to the first gradient step, then the loop.
     with tempfile.TemporaryDirectory() as folder:
@@ -1809,7 +1802,7 @@ def benchmark(config: Config) -> dict[str, dict]:
             begin = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             if grad_steps == 1:
-                add("start to first gradient step", "s", [time.perf_counter() - begin])
+                add("start to first gradient step", "s", time.perf_counter() - begin)
         lines = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, lines) if "train/model_loss" in line][2:]
     train, other = ([x[f"train/{key}_seconds"] for x in lines] for key in ("training", "other"))
@@ -1820,43 +1813,43 @@ def benchmark(config: Config) -> dict[str, dict]:
     run, driver = Run(config, envs), Driver(envs, config.seed)
     agent, worlds, shows = run.agent, {"environments, all at once": driver}, {"": config.obs}
     if config.task.startswith("dmc_"):
-        shows = {"with rendering": config.obs, "without": "state"}
+        shows = {"without rendering": "state"}
+        if config.obs != "state":
+            shows = {"with rendering": config.obs, **shows}
     for word, obs in shows.items():
-        if (word, obs) != ("with rendering", "state"):
-            make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
-            worlds[f"environment alone {word}"] = Driver(SyncVectorEnv([make]), config.seed)
+        make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
+        worlds[f"environment alone {word}"] = Driver(SyncVectorEnv([make]), config.seed)
     for part, world in worlds.items():
-        seconds = measure(200, lambda world=world: world.step(world.random(run.rng)))
-        add(part, "steps/s", len(world.score) / seconds)
+        act = functools.partial(lambda world: world.step(world.random(run.rng)), world)
+        measure(part, 200, act, len(world.score))
     for _ in range(2 * config.batch_length):
         run.replay.add(driver.rows)
         driver.step(driver.random(run.rng))
-    sizes = config.batch_size, config.batch_length
-    add("acting", "s", measure(50, lambda: agent.policy(driver.rows)[0].cpu()))
-    add("replay, one batch", "s", measure(20, run.replay.sample, *sizes))
+    measure("acting", 50, lambda: agent.policy(driver.rows)[0].cpu())
+    sample = functools.partial(run.replay.sample, config.batch_size, config.batch_length)
+    measure("replay, one batch", 20, sample)
 
-    batch = run.replay.sample(*sizes)
-    seconds = measure(5, agent.train_step, batch)
-    add("train step", "s", seconds)
-    with FlopCounterMode(display=False) as counter:
-        agent.train_step(batch)
-    work, n = counter.get_total_flops() / 1e12, 2048 if config.device == "cpu" else 8192
+    arrays = sample()
+    seconds = measure("train step", 5, lambda: agent.train_step(arrays))
+    batch = agent.tensors(arrays)
+    deter, stoch, _ = agent.train_model(batch)
+    measure("  of it model", 5, lambda: agent.train_model(batch))
+    if agent.manager:
+        measure("  of it goals", 5, lambda: agent.train_goals(deter))
+    terminal = batch["is_terminal"].flatten()
+    measure("  of it behavior", 5, lambda: agent.train_behavior(deter, stoch, terminal, False))
+    for param in agent.parameters():
+        param.grad = torch.zeros_like(param)
+    measure("  of it optimizers, in these", 5, lambda: [x.step() for x in agent.optimizers.values()])
+    n = 2048 if config.device == "cpu" else 8192
     x = torch.randn(n, n, device=config.device, dtype=getattr(torch, config.precision))
     with autocast(config):
-        rate = 2e-12 * n**3 / measure(10, linear, x, x)
-    add("  of it arithmetic", "TFLOP", [work])
-    add("  share of the matrix rate", "of 1", work / seconds / np.median(rate))
-    clocks = {"model": [], "goals": [], "behavior": [], "optimizers, in these": []}
-    for part, owner, name in [(key, agent, f"train_{key}") for key in list(clocks)[:3]] + [
-            ("optimizers, in these", x, "step") for x in agent.optimizers.values()]:
-        setattr(owner, name, timed(getattr(owner, name), clocks[part]))
-    for _ in range(5):
-        agent.train_step(batch)
-    for part, seconds in clocks.items():
-        if seconds:  # a flat agent has no goals
-            add(f"  of it {part}", "s", np.reshape(seconds, (5, -1)).sum(1))
-    add("matrix product", "TFLOP/s", rate)
-    add("peak memory", "GB", [peak_memory()])
+        rate = measure("matrix product", 10, lambda: linear(x, x), 2e-12 * n**3, "TFLOP/s")
+    with FlopCounterMode(display=False) as counter:
+        agent.train_step(arrays)
+    work = add("train step, arithmetic", "TFLOP", counter.get_total_flops() / 1e12)
+    add("train step, of the matrix rate", "of 1", work / seconds / rate)
+    add("peak memory", "GB", peak_memory())
     close(envs)
     if config.json:
         print(json.dumps({"config": dataclasses.asdict(config), **rows}))

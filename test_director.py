@@ -570,11 +570,26 @@ def test_the_benchmark_times_every_part_and_prints_json(capsys):
     result = json.loads(capsys.readouterr().out)
     total = sum(result[f"  of it {part}"]["median"] for part in ("model", "goals", "behavior"))
     assert total == pytest.approx(result["train step"]["median"], rel=0.5)
-    assert 0 < result["  share of the matrix rate"]["median"] < 1
+    assert 0 < result["train step, of the matrix rate"]["median"] < 1
     assert 0 < result["whole loop, all but train steps"]["median"] < 1
     assert result["start to first gradient step"]["median"] < 60
     assert director.main(["--benchmark", "--task=gym_CartPole-v1", "--agent=dreamer", *flags]) == 0
     assert "whole loop" in capsys.readouterr().out
+
+
+def test_plot_draws_the_returns_of_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, factor in (("a", 1), ("b", -2)):
+        lines = [{"step": i, "seconds": 2 * i, "episode/score": i * factor} for i in range(50)]
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert director.main(["--plot", "a", "b"]) == 0
+    colors = set(map(tuple, imageio.imread("plot.png").reshape(-1, 3).tolist()))
+    assert (0, 0, 255) in colors and (255, 0, 0) in colors  # a line for each run
+    assert director.main(["--plot", "a", "c"]) == 2
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    assert director.main(["--plot", "a"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
 
 
 # ---- Learning: each test fails if its piece is disconnected ----------------------------------
@@ -687,6 +702,45 @@ def test_the_flat_agent_solves_a_corridor(tmp_path):
     assert director.main(flags) == 0
     scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
     assert np.mean(scores[:20]) < 8 and np.mean(scores[-8:]) > 20, scores
+
+
+class Grid(gymnasium.Env):
+    """Six by six cells, from one corner to the opposite one, whose nine cells pay 1 per step.
+
+    Actions stay, down, up, right, left; at best 54 in 60 steps; random actions get about 6.
+    """
+
+    observation_space, action_space = spaces.Box(0, 1, (12,), np.float32), spaces.Discrete(5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cell, self.steps = np.zeros(2, int), 0
+        return np.eye(6, dtype=np.float32)[self.cell].flatten(), {}
+
+    def step(self, action):
+        move = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))[action]
+        self.cell = (self.cell + move).clip(0, 5)
+        self.steps += 1
+        obs = np.eye(6, dtype=np.float32)[self.cell].flatten()
+        return obs, float((self.cell >= 3).all()), False, self.steps >= 60, {}
+
+
+gymnasium.register("Grid-v0", Grid)
+
+
+def test_director_learns_to_stay_in_the_far_corner_of_a_grid(tmp_path):
+    """The guard of the whole: it fails without the worker's reward, the manager or the model."""
+    flags = ["--task=gym_Grid-v0", "--device=cpu", "--precision=float32", "--size=xs",
+             "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
+             "--skill_groups=4", "--skill_classes=4", "--horizon=8", "--goal_duration=4",
+             "--learning_rate=2e-3", "--slow_every=20", "--prefill=1000", "--train_every=8",
+             "--steps=8200", f"--logdir={tmp_path}"]
+    assert director.main(flags) == 0
+    scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
+    last = [line for line in read_metrics(tmp_path) if "train/model_loss" in line][-1]
+    assert np.mean(scores[-24:]) > 12, scores
+    assert last["train/goal_reached"] > 0.5  # below 0.25 without the worker's reward or the model
+    assert last["train/manager_ent"] < 0.8  # a manager that does not learn stays near 1
 
 
 # ---- Environments ---------------------------------------------------------------------------
