@@ -1395,6 +1395,15 @@ def write_file(path: pathlib.Path, buffer: io.BytesIO, backup: pathlib.Path | No
     os.replace(temporary, path)
 
 
+def read_metrics(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without one that a killed process left half-written."""
+    lines = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 class Run:
     """The state of a run, which is what a checkpoint holds, and the folder where it is kept.
 
@@ -1474,12 +1483,10 @@ class Run:
         self.logdir.mkdir(parents=True, exist_ok=True)
         config = json.dumps(dataclasses.asdict(self.config), indent=2)
         write_file(self.logdir / "config.json", io.BytesIO(config.encode()))
-        path, lines = self.logdir / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # a half-written last line
-                if json.loads(line)["step"] <= self.step:
-                    lines.append(line + "\n")
-        write_file(path, io.BytesIO("".join(lines).encode()))
+        path = self.logdir / "metrics.jsonl"
+        lines = read_metrics(path) if path.exists() else []
+        text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= self.step)
+        write_file(path, io.BytesIO(text.encode()))
         self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
 
     def log(self, metrics: dict[str, float]):
@@ -1741,7 +1748,7 @@ def plot(logdirs: list[str], path: str = "plot.png"):
     runs, colors = {}, ("blue", "red", "green", "orange", "purple", "brown", "gray", "black")
     for folder in logdirs:
         try:
-            lines = map(json.loads, pathlib.Path(folder, "metrics.jsonl").read_text().splitlines())
+            lines = read_metrics(pathlib.Path(folder, "metrics.jsonl"))
         except OSError as error:
             raise UserError(f"--plot {folder}: {error}") from error
         runs[folder] = np.array([(x["step"], x["seconds"] / 3600, x["episode/score"])
@@ -1803,25 +1810,21 @@ def benchmark(config: Config) -> dict[str, dict]:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             if grad_steps == 1:
                 add("start to first gradient step", "s", time.perf_counter() - begin)
-        lines = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, lines) if "train/model_loss" in line][2:]
+        lines = read_metrics(pathlib.Path(folder, "metrics.jsonl"))
+    lines = [line for line in lines if "train/model_loss" in line][2:]
     train, other = ([x[f"train/{key}_seconds"] for x in lines] for key in ("training", "other"))
     add("whole loop", "steps/s", [line["train/steps_per_second"] for line in lines])
     add("whole loop, all but train steps", "of 1", np.divide(other, np.add(train, other)))
 
     envs = make_envs(config, config.envs)
     run, driver = Run(config, envs), Driver(envs, config.seed)
-    agent, worlds, shows = run.agent, {"environments, all at once": driver}, {"": config.obs}
-    if config.task.startswith("dmc_"):
-        shows = {"without rendering": "state"}
-        if config.obs != "state":
-            shows = {"with rendering": config.obs, **shows}
-    for word, obs in shows.items():
+    agent, drivers = run.agent, {"environments, all at once": driver}
+    for obs in {config.obs, "state" if config.task.startswith("dmc_") else config.obs}:
         make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
-        worlds[f"environment alone {word}"] = Driver(SyncVectorEnv([make]), config.seed)
-    for part, world in worlds.items():
-        act = functools.partial(lambda world: world.step(world.random(run.rng)), world)
-        measure(part, 200, act, len(world.score))
+        drivers[f"one environment, --obs {obs}"] = Driver(SyncVectorEnv([make]), config.seed)
+    for part, each in drivers.items():
+        play_random = functools.partial(lambda each: each.step(each.random(run.rng)), each)
+        measure(part, 200, play_random, len(each.score))
     for _ in range(2 * config.batch_length):
         run.replay.add(driver.rows)
         driver.step(driver.random(run.rng))
@@ -1840,7 +1843,7 @@ def benchmark(config: Config) -> dict[str, dict]:
     measure("  of it behavior", 5, lambda: agent.train_behavior(deter, stoch, terminal, False))
     for param in agent.parameters():
         param.grad = torch.zeros_like(param)
-    measure("  of it optimizers, in these", 5, lambda: [x.step() for x in agent.optimizers.values()])
+    measure("  of it optimizers, in all", 5, lambda: [x.step() for x in agent.optimizers.values()])
     n = 2048 if config.device == "cpu" else 8192
     x = torch.randn(n, n, device=config.device, dtype=getattr(torch, config.precision))
     with autocast(config):
