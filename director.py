@@ -217,10 +217,11 @@ def choose_renderer() -> str:
     its own, because a broken driver can take its process with it. Returns the name that OpenGL
     gives the renderer, with "llvmpipe" or "softpipe" in it where the CPU does the work.
     """
-    probe = ("from dm_control import mujoco; from OpenGL import GL; "
+    probe = ("import contextlib; from dm_control import mujoco; "
              "physics = mujoco.Physics.from_xml_string('<mujoco><worldbody/></mujoco>'); "
              "physics.render(8, 8)\n"
-             "with physics.contexts.gl.make_current() as context:\n"
+             "with contextlib.suppress(Exception), physics.contexts.gl.make_current() as context:\n"
+             "    from OpenGL import GL\n"
              "    print(context.call(GL.glGetString, GL.GL_RENDERER).decode())")
     command, given = [sys.executable, "-c", probe], os.environ.get("MUJOCO_GL")
     for backend in [given] if given else ["egl", "osmesa", "glfw"]:
@@ -1760,7 +1761,7 @@ def plot(logdirs: list[str], path: str = "plot.png"):
         raise UserError(f"--plot {' '.join(logdirs)}: no episode has ended there")
     low, high = min(0, rows[:, 2].min()), rows[:, 2].max() or 1
     for axis, label in enumerate(("environment steps", "hours")):
-        left, end = 80 + 640 * axis, rows[:, axis].max()
+        left, end = 80 + 640 * axis, rows[:, axis].max() or 1
         draw.rectangle((left, 20, left + 540, 420), outline="black")
         draw.text((left + 270, 440), label, "black", font, anchor="mt")
         for tick in (0, 0.25, 0.5, 0.75, 1):
@@ -1770,7 +1771,7 @@ def plot(logdirs: list[str], path: str = "plot.png"):
         for number, (folder, episodes) in enumerate(runs.items()):
             color = colors[number % len(colors)]
             draw.text((80, 465 + 22 * number), folder, color, font)
-            bins = (20 * episodes[:, axis] / end).astype(int)
+            bins = np.minimum(19, (20 * episodes[:, axis] / end).astype(int))
             points = [episodes[bins == index].mean(0) for index in np.unique(bins)]
             draw.line([(left + 540 * point[axis] / end, 420 - 400 * (point[2] - low) / (high - low))
                        for point in points], color, 3)
@@ -1780,9 +1781,10 @@ def plot(logdirs: list[str], path: str = "plot.png"):
 
 def benchmark(config: Config) -> dict[str, dict]:
     """Time the parts of training; prints and returns {part: {median, min, max, unit}}."""
+    make_env(config.task, config).close()  # a user's mistake shows here
     rows = {}
 
-    def add(part: str, unit: str, values):
+    def add(part: str, unit: str, values) -> float:
         low, median, high = np.quantile(values, (0, 0.5, 1)).tolist()
         rows[part] = {"median": median, "min": low, "max": high, "unit": unit}
         return median
