@@ -487,7 +487,7 @@ def make_envs(config: Config, amount: int) -> gymnasium.vector.VectorEnv:
         renderer = choose_renderer()
         if re.search("llvmpipe|softpipe|software", renderer, re.IGNORECASE):
             print(f"MuJoCo is rendered on the CPU ({renderer}); --render_quality fast, without "
-                  "shadows and smooth edges, is several times as fast.")
+                  "shadows and smooth edges, is several times as fast.", file=sys.stderr)
     make = [functools.partial(Guard, functools.partial(make_env, config.task, config))] * amount
     if config.task.startswith(("pinpad_", "gym_")) and not config.task.startswith("gym_ALE/"):
         return SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -1758,13 +1758,14 @@ def plot(logdirs: list[str], path: str = "plot.png"):
     rows = np.vstack([*runs.values()])
     if not len(rows):
         raise UserError(f"--plot {' '.join(logdirs)}: no episode has ended there")
-    low, high = min(0, rows[:, 2].min()), rows[:, 2].max() or 1
+    low = min(0, rows[:, 2].min())
+    height = max(0, rows[:, 2].max()) - low or 1
     for axis, label in enumerate(("environment steps", "hours")):
         left, end = 80 + 640 * axis, rows[:, axis].max() or 1
         draw.rectangle((left, 20, left + 540, 420), outline="black")
         draw.text((left + 270, 440), label, "black", font, anchor="mt")
         for tick in (0, 0.25, 0.5, 0.75, 1):
-            x, y = f"{end * tick:.4g}", f"{low + (high - low) * tick:.4g}"
+            x, y = f"{end * tick:.4g}", f"{low + height * tick:.4g}"
             draw.text((left + 540 * tick, 423), x, "black", font, anchor="mt")
             draw.text((left - 5, 420 - 400 * tick), y, "black", font, anchor="rm")
         for number, (folder, episodes) in enumerate(runs.items()):
@@ -1772,7 +1773,7 @@ def plot(logdirs: list[str], path: str = "plot.png"):
             draw.text((80, 465 + 22 * number), folder, color, font)
             bins = np.minimum(19, (20 * episodes[:, axis] / end).astype(int))
             points = [episodes[bins == index].mean(0) for index in np.unique(bins)]
-            draw.line([(left + 540 * point[axis] / end, 420 - 400 * (point[2] - low) / (high - low))
+            draw.line([(left + 540 * point[axis] / end, 420 - 400 * (point[2] - low) / height)
                        for point in points], color, 3)
     image.save(path)
     print(f"wrote {path}")
@@ -1820,7 +1821,8 @@ def benchmark(config: Config) -> dict[str, dict]:
     envs = make_envs(config, config.envs)
     run, driver = Run(config, envs), Driver(envs, config.seed)
     agent, drivers = run.agent, {"environments, all at once": driver}
-    for obs in {config.obs, "state" if config.task.startswith("dmc_") else config.obs}:
+    bare = "state" if config.task.startswith("dmc_") else config.obs  # without rendering
+    for obs in dict.fromkeys((config.obs, bare)):
         make = functools.partial(make_env, config.task, dataclasses.replace(config, obs=obs))
         drivers[f"one environment, --obs {obs}"] = Driver(SyncVectorEnv([make]), config.seed)
     for part, each in drivers.items():
