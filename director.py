@@ -1744,37 +1744,54 @@ def evaluate(config: Config) -> list[float]:
 
 
 def plot(logdirs: list[str], path: str = "plot.png"):
-    """Draw the returns of runs over steps and over hours, as means over 5% of the axis."""
-    runs, colors = {}, ("blue", "red", "green", "orange", "purple", "brown", "gray", "black")
+    """Draw the returns of runs over steps and over hours, as means over 5% of the axis.
+
+    Folders that differ only in the number at their end, the seed, share a colour, and a thick line
+    is the mean of their curves. A run without a gradient step is one level, its mean return.
+    """
+    groups, colors = {}, ("blue", "red", "green", "orange", "purple", "brown", "gray", "black")
     for folder in logdirs:
         try:
             lines = read_metrics(pathlib.Path(folder, "metrics.jsonl"))
         except OSError as error:
             raise UserError(f"--plot {folder}: {error}") from error
-        runs[folder] = np.array([(x["step"], x["seconds"] / 3600, x["episode/score"])
-                                 for x in lines if "episode/score" in x]).reshape(-1, 3)
-    image = Image.new("RGB", (1300, 480 + 22 * len(runs)), "white")
+        rows = np.array([(x["step"], x["seconds"] / 3600, x["episode/score"])
+                         for x in lines if "episode/score" in x])
+        if not len(rows):
+            raise UserError(f"--plot {folder}: no episode has ended there")
+        if not any("train/model_loss" in x for x in lines):
+            rows = np.array([(np.nan, np.nan, rows[:, 2].mean())])
+        groups.setdefault(re.sub(r"-\d+$", "", folder), []).append(rows)
+
+    def curve(rows: np.ndarray, axis: int, end: float) -> np.ndarray:
+        """Mean returns in 20 parts of the axis, NaN where no episode ended."""
+        if np.isnan(rows[0, axis]):
+            return rows[0, 2].repeat(20)
+        bins = np.minimum(19, (20 * rows[:, axis] / end).astype(int))
+        with np.errstate(invalid="ignore"):
+            return np.bincount(bins, rows[:, 2], 20) / np.bincount(bins, minlength=20)
+
+    image = Image.new("RGB", (1300, 480 + 22 * len(groups)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
-    rows = np.vstack([*runs.values()])
-    if not len(rows):
-        raise UserError(f"--plot {' '.join(logdirs)}: no episode has ended there")
+    rows = np.vstack(list(itertools.chain(*groups.values())))
     low = min(0, rows[:, 2].min())
     height = max(0, rows[:, 2].max()) - low or 1
     for axis, label in enumerate(("environment steps", "hours")):
-        left, end = 80 + 640 * axis, rows[:, axis].max() or 1
+        left, end = 80 + 640 * axis, np.nan_to_num(np.nanmax(rows[:, axis])) or 1
         draw.rectangle((left, 20, left + 540, 420), outline="black")
         draw.text((left + 270, 440), label, "black", font, anchor="mt")
         for tick in (0, 0.25, 0.5, 0.75, 1):
             x, y = f"{end * tick:.4g}", f"{low + height * tick:.4g}"
             draw.text((left + 540 * tick, 423), x, "black", font, anchor="mt")
             draw.text((left - 5, 420 - 400 * tick), y, "black", font, anchor="rm")
-        for number, (folder, episodes) in enumerate(runs.items()):
+        for number, (name, runs) in enumerate(groups.items()):
             color = colors[number % len(colors)]
-            draw.text((80, 465 + 22 * number), folder, color, font)
-            bins = np.minimum(19, (20 * episodes[:, axis] / end).astype(int))
-            points = [episodes[bins == index].mean(0) for index in np.unique(bins)]
-            draw.line([(left + 540 * point[axis] / end, 420 - 400 * (point[2] - low) / height)
-                       for point in points], color, 3)
+            draw.text((80, 465 + 22 * number), f"{name} ({len(runs)})", color, font)
+            curves = [curve(run, axis, end) for run in runs]
+            for returns, width in [*((each, 1) for each in curves), (np.mean(curves, 0), 4)]:
+                points = [(left + 27 * (index + 0.5), 420 - 400 * (value - low) / height)
+                          for index, value in enumerate(returns) if math.isfinite(value)]
+                draw.line(points, color, width)
     image.save(path)
     print(f"wrote {path}")
 

@@ -580,15 +580,28 @@ def test_the_benchmark_times_every_part_and_prints_json(capsys):
 
 def test_plot_draws_the_returns_of_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for run, factor, offset in (("a", 1, 0), ("b", -2, 0), ("flat", 0, -200)):
-        lines = [{"step": i, "seconds": 2 * i, "episode/score": i * factor + offset}
-                 for i in range(50)]
+    for run, factor, offset in (("a", 1, 0), ("b-0", -2, 0), ("b-1", -4, 0), ("flat", 0, -200)):
+        lines = [{"step": i, "seconds": 2 * i, "episode/score": i * factor + offset,
+                  "train/model_loss": 1} for i in range(50)]
         (tmp_path / run).mkdir()
         (tmp_path / run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert director.main(["--plot", "a", "b"]) == 0
-    colors = set(map(tuple, imageio.imread("plot.png").reshape(-1, 3).tolist()))
-    assert (0, 0, 255) in colors and (255, 0, 0) in colors  # a line for each run
+    assert director.main(["--plot", "a", "b-0", "b-1"]) == 0
+    image = imageio.imread("plot.png")[21:420, 82:619].astype(int)
+    y, x = np.nonzero((image == (255, 0, 0)).all(-1))
+    right = np.sort(y[x == 500])  # b's runs, -2 and -4 times the step, and their mean, -3 times it
+    gaps = np.flatnonzero(np.diff(right) > 1)
+    assert len(gaps) == 2 and gaps[1] - gaps[0] >= 3  # thin, thick, thin
+    assert right[0] + right[-1] == pytest.approx(2 * right[gaps[0] + 1 : gaps[1] + 1].mean(), abs=2)
+    assert ((image == (0, 0, 255)).all(-1)).any()
     assert director.main(["--plot", "flat"]) == 0
+
+    lines = [{"step": i, "seconds": i, "episode/score": i % 2} for i in range(10)]
+    (tmp_path / "random").mkdir()
+    (tmp_path / "random" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert director.main(["--plot", "a", "random"]) == 0  # without gradient steps: a level
+    image = imageio.imread("plot.png")[21:420, 82:619].astype(int)
+    y, x = np.nonzero((image == (255, 0, 0)).all(-1))
+    assert np.ptp(y) <= 4 and np.ptp(x) > 500
     assert director.main(["--plot", "a", "c"]) == 2
     (tmp_path / "a" / "metrics.jsonl").write_text("")
     assert director.main(["--plot", "a"]) == 2
