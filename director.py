@@ -244,8 +244,8 @@ class DMControl(gymnasium.Env):
     """A task of the DeepMind Control Suite, "walker_walk" for instance.
 
     obs: "pixels" (the task's camera), "state" (all its observations in one vector), or "both".
-    quality: "fast" renders without shadows and multisampling. Actions are scaled to [-1, 1]. Most
-    tasks truncate episodes after 1000 steps.
+    quality: "fast" renders without shadows and multisampling. Most tasks truncate episodes after
+    1000 steps.
     """
 
     def __init__(self, name: str, obs: str = "pixels", quality: str = "full"):
@@ -267,8 +267,7 @@ class DMControl(gymnasium.Env):
                  "state": spaces.Box(-np.inf, np.inf, (size,), np.float32)}
         self.observation_space = spaces.Dict({key: space[key] for key in self.keys})
         spec = self.env.action_spec()
-        self.low, self.high = spec.minimum, spec.maximum
-        self.action_space = spaces.Box(-1, 1, spec.shape, np.float32)
+        self.action_space = spaces.Box(np.float32(spec.minimum), np.float32(spec.maximum))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -277,7 +276,7 @@ class DMControl(gymnasium.Env):
         return self.observe(self.env.reset()), {}
 
     def step(self, action):
-        time_step = self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))
+        time_step = self.env.step(action)
         terminated = time_step.last() and time_step.discount == 0
         truncated = time_step.last() and not terminated
         return self.observe(time_step), time_step.reward, terminated, truncated, {}
@@ -392,12 +391,8 @@ def make_gym(name: str) -> gymnasium.Env:
     else:
         raise UserError(f"--task gym_{name}: observes {space}, which is neither an image nor a "
                         "vector")
-    env = gymnasium.wrappers.TransformObservation(
+    return gymnasium.wrappers.TransformObservation(
         env, lambda obs: {key: convert(obs)}, spaces.Dict({key: space}))
-    act_space = env.action_space
-    if isinstance(act_space, spaces.Box) and act_space.is_bounded() and act_space.dtype.kind == "f":
-        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return env
 
 
 def resize(image: np.ndarray) -> np.ndarray:
@@ -407,7 +402,10 @@ def resize(image: np.ndarray) -> np.ndarray:
 
 
 def make_env(task: str, config: Config) -> gymnasium.Env:
-    """One environment; UserError for a task that does not exist or that Director cannot play."""
+    """One environment, continuous actions scaled to [-1, 1].
+
+    UserError for a task that does not exist or that Director cannot play.
+    """
     suite, _, name = task.partition("_")
     if suite == "dmc":
         obs = "pixels" if config.obs == "auto" else config.obs
@@ -423,12 +421,13 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
     if config.obs not in ("auto", shows):
         raise UserError(f"--obs {config.obs}: {task} shows {shows} only")
     space = env.action_space
+    if isinstance(space, spaces.Discrete) and space.n > 1:
+        return env
     vector = isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
-    if not (vector and space.is_bounded() and np.issubdtype(space.dtype, np.floating)) and not (
-            isinstance(space, spaces.Discrete) and space.n > 1):
-        raise UserError(f"--task {task}: acts in {space}, which is neither Discrete nor a "
-                        "bounded vector (Box) of floats")
-    return env
+    if vector and space.is_bounded() and np.issubdtype(space.dtype, np.floating):
+        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    raise UserError(f"--task {task}: acts in {space}, which is neither Discrete nor a "
+                    "bounded vector (Box) of floats")
 
 
 class Guard(gymnasium.Wrapper):
@@ -448,9 +447,8 @@ class Guard(gymnasium.Wrapper):
             self.last, info = self.env.reset(**kwargs)
             self.demand_finite(0.0, self.last)
         except Exception:  # noqa: BLE001, whatever it raises
-            error = self.renew()
-            self.last, info = self.env.reset(**kwargs)
-            info = {**info, "guard_traceback": error}
+            info = {"guard_traceback": self.renew()}
+            self.last, _ = self.env.reset(**kwargs)
         return self.last, info
 
     def step(self, action):
@@ -1124,10 +1122,12 @@ class ActorCritic(nn.Module):
             with autocast(self.config):
                 policy = self.policy(inputs[:-1].detach())
             log_prob = policy.log_prob(traj["action"][:-1].detach())
-            loss, entropy = -sum_rest(log_prob) * score.detach(), entropy_share(policy)
+            loss = -log_prob.reshape(*score.shape, -1).sum(-1) * score.detach()
+            entropy = entropy_share(policy)
         else:
             loss, entropy = -score, traj["ent"][:-1]
-        loss = ((loss + sum_rest(self.ent_adapt(entropy))) * weight).mean()
+        bonus = self.ent_adapt(entropy).reshape(*score.shape, -1).sum(-1)
+        loss = ((loss + bonus) * weight).mean()
         norm = self.optimizers["actor"].minimize(loss)
         return metrics | {"actor_loss": loss, "actor_grad_norm": norm, "ent": entropy.mean(),
                           "ent_scale": self.ent_adapt.scale.mean()}
@@ -1137,11 +1137,6 @@ def entropy_share(policy: OneHot | BoundedNormal) -> Tensor:
     """Entropy as a share of what is possible, [..., G] or [..., A]."""
     low, high = policy.entropy_range
     return (policy.entropy() - low) / (high - low)
-
-
-def sum_rest(x: Tensor) -> Tensor:
-    """[H, N, ...] -> [H, N]."""
-    return x.reshape(*x.shape[:2], -1).sum(-1)
 
 
 # ---- Hierarchical returns -------------------------------------------------------------------
@@ -1293,9 +1288,12 @@ class Director(nn.Module):
         the rewards [H, N] of states 1..H. Where actions are continuous, a graph leads from all
         of these back into the actions, and there is ent, their entropy; else there is no graph.
         """
-        state, steps = {"deter": deter, "stoch": stoch}, []
+        state, steps = {}, []
         with torch.set_grad_enabled(not self.discrete):
             for t in range(self.config.horizon + 1):
+                if t:
+                    deter, stoch = self.world_model.rssm.imagine(deter, stoch, state["action"])
+                state = {**state, "deter": deter, "stoch": stoch}
                 # Actors do not change their inputs: the only way back is through the actions.
                 seen = {key: value.detach() for key, value in state.items()}
                 if self.manager and t % self.config.goal_duration == 0:
@@ -1306,10 +1304,6 @@ class Director(nn.Module):
                 if not self.discrete:
                     state["ent"] = entropy_share(policy)
                 steps.append(state)
-                deter, stoch = state["deter"], state["stoch"]
-                if t < self.config.horizon:
-                    deter, stoch = self.world_model.rssm.imagine(deter, stoch, state["action"])
-                state = {**state, "deter": deter, "stoch": stoch}
             traj = {key: torch.stack([step[key] for step in steps]) for key in state}
             feat = torch.cat([traj["deter"], traj["stoch"]], -1)[1:]
             cont = self.world_model.cont_head(feat).sigmoid()
@@ -1536,15 +1530,12 @@ class Run:
         def as_bytes(image: Tensor) -> Tensor:
             return (image * 255).byte().cpu()
 
-        images = torch.from_numpy(np.stack([image for image, _ in film]))
-        goals = torch.stack([goal for _, goal in film]).split(64)
+        rows = [torch.from_numpy(np.stack([image for image, _ in film]))]
         if agent.manager:
-            decoded = torch.cat([as_bytes(model.decode_goal(goal)["image"]) for goal in goals])
-            self.picture("episode", torch.cat([images, decoded], 2)[None])
-            self.picture("filmstrip", images[::25, None], decoded[::25, None])
-        else:
-            self.picture("episode", images[None])
-            self.picture("filmstrip", images[::25, None])
+            goals = torch.stack([goal for _, goal in film]).split(64)
+            rows.append(torch.cat([as_bytes(model.decode_goal(goal)["image"]) for goal in goals]))
+        self.picture("episode", torch.cat(rows, 2)[None])
+        self.picture("filmstrip", *(row[::25, None] for row in rows))
 
         batch = agent.tensors(self.replay.sample(6, steps))
         states = model.observe({key: value[:, :5] for key, value in batch.items()})
@@ -1836,10 +1827,11 @@ def keep_memory():
 def saved_config(path: pathlib.Path) -> dict:
     """What a run was started with; where to compute is for this machine to decide."""
     try:
-        config = dataclasses.asdict(Config(**json.loads(path.read_text())))
+        config = {**json.loads(path.read_text()), "device": "auto", "precision": "auto"}
+        Config(**config)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not the configuration of a run: {error}") from error
-    return {key: value for key, value in config.items() if key not in ("device", "precision")}
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1293,6 +1293,8 @@ def test_evaluation_needs_no_flags_and_writes_scores_and_pictures(agent, tmp_pat
              "--steps=400", "--video_every=250"]
     assert director.main(flags) == 0
     assert len(list((tmp_path / "pictures").iterdir())) == (6 if agent == "director" else 3)
+    config = json.loads((tmp_path / "config.json").read_text())  # as if trained on a GPU
+    (tmp_path / "config.json").write_text(json.dumps({**config, "device": "cuda"}))
     assert director.main([f"--logdir={tmp_path}", "--eval=2"]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert len(result["scores"]) == 2 and result["mean"] == np.mean(result["scores"])
