@@ -170,6 +170,8 @@ class Config:
                             f"--goal_duration {self.goal_duration}")
         if max(self.discount, self.lam) > 1:
             raise UserError(f"--discount {self.discount} --lam {self.lam}: must be at most 1")
+        if self.json and not self.benchmark:
+            raise UserError("--json: prints the times of --benchmark, which is missing")
         if self.seed >= 2**32:
             raise UserError(f"--seed {self.seed}: must be less than 2^32")
         if not self.logdir:

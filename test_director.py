@@ -1054,7 +1054,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     (["--skill_classes=1"], ["at least 2"]),
     (["--discount=0"], ["at least 0.01"]),
     (["--task=gym_Channels-v0"], ["neither an image nor a vector"]),
-    (["--task=gym_Integers-v0"], ["of floats"])])
+    (["--task=gym_Integers-v0"], ["of floats"]),
+    (["--json"], ["--benchmark"])])
 def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
         flags, words, tmp_path, monkeypatch, capsys):
     class Strange(Corridor):
