@@ -6,10 +6,14 @@ import hashlib
 import json
 import math
 import os
+import pathlib
+import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
+import textwrap
 
 import gymnasium
 import imageio.v2 as imageio
@@ -1282,6 +1286,7 @@ def test_an_environment_whose_process_is_killed_ends_the_run_saved_and_resumable
 
 def short_pinpad():
     env = PinPad("three", length=100)
+    env.target = (1,)  # not so rare a reward
     return gymnasium.wrappers.TransformObservation(env, lambda obs: obs["image"], IMAGE)
 
 
@@ -1310,3 +1315,19 @@ def test_evaluation_needs_no_flags_and_writes_scores_and_pictures(agent, tmp_pat
     assert workers <= set(pictures) or agent == "dreamer"
     first = PinPad("three").reset(seed=0)[0]["image"]
     assert np.abs(pictures["filmstrip.png"][0][:64, :64].astype(int) - first).max() <= 1
+
+
+def test_the_programs_in_the_readme_run(tmp_path, capsys, monkeypatch):
+    text = (pathlib.Path(director.__file__).parent / "README.md").read_text()
+    blocks = re.findall(r"(?m)^    import .*\n(?:(?:    .*)?\n)*", text)
+    curves, foresee, reach = map(textwrap.dedent, blocks)
+    compile(curves, "curves.py", "exec")  # it needs matplotlib
+    flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
+    assert director.main([*flags, "--steps=808"]) == 0
+    monkeypatch.setattr(sys, "argv", ["program", str(tmp_path)])
+    for code, amount in ((foresee, 6), (reach, 12)):
+        (tmp_path / "program.py").write_text(code)
+        capsys.readouterr()
+        runpy.run_path(str(tmp_path / "program.py"), run_name="__main__")
+        values = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+        assert len(values) >= amount and np.abs(values).max() <= 1
