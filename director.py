@@ -134,7 +134,7 @@ class Config:
     goal_duration: int = option(8, "steps that a goal lasts")
     worker_extr: float = option(0.0, "weight of task reward for the worker; the variant: 0.5")
     manager_expl: float = option(0.1, "weight of the exploration reward for the manager")
-    slow_every: int = option(100, "gradient steps between copies to the slow critics")
+    slow_every: int = option((100, 100, 20), "gradient steps between copies to the slow critics")
 
     def __post_init__(self):
         cuda = torch.cuda.is_available()

@@ -723,7 +723,7 @@ def test_director_learns_to_stay_in_the_far_corner_of_a_grid(tmp_path):
     flags = ["--task=gym_Grid-v0", "--device=cpu", "--precision=float32", "--size=xs",
              "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
              "--skill_groups=4", "--skill_classes=4", "--horizon=8", "--goal_duration=4",
-             "--learning_rate=2e-3", "--slow_every=20", "--prefill=1000", "--train_every=8",
+             "--learning_rate=2e-3", "--prefill=1000", "--train_every=8",
              "--steps=8200", f"--logdir={tmp_path}"]
     assert director.main(flags) == 0
     scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
@@ -1096,6 +1096,7 @@ def test_help_names_every_flag_and_the_presets_differ():
     assert all(f"--{name}" in text for name in vars(Config()))
     sizes = [Config(size=size, device="cpu") for size in ("paper", "s", "xs")]
     assert [c.deter for c in sizes] == [1024, 256, 128] and sizes[0].learning_rate == 1e-4
+    assert [c.slow_every for c in sizes] == [100, 100, 20]
     assert Config(size="xs", deter=64).deter == 64
     with contextlib.suppress(director.UserError):
         assert Config(device="cuda").size == "paper"
