@@ -1422,8 +1422,11 @@ class Run:
             "metrics": self.metrics, "episodes": self.replay.save(self.logdir / "replay")}, buffer)
         write_file(self.paths[0], buffer, backup=self.paths[1])
 
-    def load(self, replay: bool = True) -> bool:
-        """Continue from the newest readable checkpoint; UserError if it is of another run."""
+    def load(self, replay: bool = True) -> dict:
+        """Continue from the newest readable checkpoint; UserError if it is of another run.
+
+        Returns the configuration that it was made with, {} if there is no checkpoint.
+        """
         paths = [path for path in self.paths if path.exists()]
         for path in paths:
             try:
@@ -1437,7 +1440,7 @@ class Run:
             if paths:
                 raise UserError(f"--logdir {self.logdir}: no checkpoint there can be read; move "
                                 "them away to start anew, or use another --logdir")
-            return False
+            return {}
         for key in ("task", "obs", "render_quality", "agent", "deter", "hidden", "stoch", "classes",
                     "units", "layers", "cnn_depth", "skill_groups", "skill_classes", "worker_extr"):
             old, new = state["config"][key], getattr(self.config, key)
@@ -1457,7 +1460,7 @@ class Run:
                         for row in state["metrics"]]
         if replay:
             self.replay.load(self.logdir / "replay", episodes)
-        return True
+        return state["config"]
 
     def open(self):
         """Start to write: forget metrics from after the checkpoint, which will come again."""
@@ -1579,7 +1582,7 @@ def train(config: Config) -> int:
     """
     envs = make_envs(config, config.envs)
     run = Run(config, envs)
-    resumed = run.load()
+    old = run.load()
     if run.step >= config.steps:
         close(envs)
         print(f"{run.logdir} is at step {run.step} already; for more, raise --steps.")
@@ -1590,8 +1593,11 @@ def train(config: Config) -> int:
     size = sum(param.numel() for param in run.agent.parameters())
     print(f"{config.task}: {config.agent} of size {config.size} ({size / 1e6:.1f}M parameters), "
           f"{config.precision} on {config.device}, in {run.logdir}")
-    if resumed:
-        print(f"Resumed at step {run.step}.", flush=True)
+    if old:
+        new = dataclasses.asdict(config)
+        changed = [f" --{key} is {new[key]}, was {old[key]}." for key in old.keys() & new
+                   if old[key] != new[key]]
+        print(f"Resumed at step {run.step}.", *sorted(changed), sep="", flush=True)
     if run.step < config.prefill:
         print(f"Until step {config.prefill} actions are random, then training starts.", flush=True)
     stops, previous = [], {}

@@ -982,7 +982,7 @@ def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp
     assert director.main([*flags, "--steps=200"]) == 0
     assert "Until step 100 actions are random" in capsys.readouterr().out
     assert director.main([*flags, "--steps=300"]) == 0
-    assert "Resumed at step 200" in capsys.readouterr().out
+    assert "Resumed at step 200. --steps is 300, was 200.\n" in capsys.readouterr().out
     steps = [line["step"] for line in read_metrics(tmp_path) if "train/grad_steps" in line]
     assert steps == [50, 100, 150, 200, 250, 300]
     last = read_metrics(tmp_path)[-1]
