@@ -1321,12 +1321,12 @@ def test_evaluation_needs_no_flags_and_writes_scores_and_pictures(agent, tmp_pat
 def test_the_programs_in_the_readme_run(tmp_path, capsys, monkeypatch):
     text = (pathlib.Path(director.__file__).parent / "README.md").read_text()
     blocks = re.findall(r"(?m)^    import .*\n(?:(?:    .*)?\n)*", text)
-    curves, histories, foresee, reach, module = map(textwrap.dedent, blocks)
+    curves, histories, foresee, reach, lead, module = map(textwrap.dedent, blocks)
     compile(curves, "curves.py", "exec")  # it needs matplotlib
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
     assert director.main([*flags, "--steps=808"]) == 0
     monkeypatch.setattr(sys, "argv", ["program", str(tmp_path)])
-    for code, amount in ((histories, 32), (foresee, 6), (reach, 18), (module, 0)):
+    for code, amount in ((histories, 32), (foresee, 6), (reach, 18), (lead, 9), (module, 0)):
         (tmp_path / "program.py").write_text(code)
         capsys.readouterr()
         runpy.run_path(str(tmp_path / "program.py"), run_name="__main__")
