@@ -1326,7 +1326,7 @@ def test_the_programs_in_the_readme_run(tmp_path, capsys, monkeypatch):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
     assert director.main([*flags, "--steps=808"]) == 0
     monkeypatch.setattr(sys, "argv", ["program", str(tmp_path)])
-    for code, amount in ((histories, 32), (foresee, 6), (reach, 18), (lead, 9), (module, 0)):
+    for code, amount in ((histories, 32), (foresee, 6), (reach, 18), (lead, 12), (module, 0)):
         (tmp_path / "program.py").write_text(code)
         capsys.readouterr()
         runpy.run_path(str(tmp_path / "program.py"), run_name="__main__")
