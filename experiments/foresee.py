@@ -1,0 +1,74 @@
+"""Pin Pad: what has a world model learned, the player's place, its motion, the reward ahead?
+
+    python experiments/foresee.py RUN
+
+On the replay of a run: how often the place of the player in the decoded image is right after 1 and
+8 imagined steps; rewards that are seen where there was none; how many of those that were paid are
+seen where they were, and foreseen 1 and 8 steps before. Then what the agent does in its last
+episodes. Steps are imagined with the actions that were taken.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import director
+
+
+def place(image: torch.Tensor) -> torch.Tensor:
+    """The darkest of the 12x14 inner cells, by its index, [..., 64, 64, 3] -> [...]."""
+    cells = image.sum(-1).unflatten(-2, (16, 4)).unflatten(-1, (16, 4)).mean((-3, -1))
+    return cells[..., 1:13, 1:15].flatten(-2).argmin(-1)
+
+
+@torch.no_grad()
+def main(run: str):
+    agent, replay = director.load(run), director.Replay(10**9)
+    model, config = agent.world_model, agent.config
+    torch.manual_seed(0)
+    with director.vector_envs(config, 1) as envs:
+        rows = director.Driver(envs, config.seed).rows
+    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
+    episodes = list(replay.episodes.values())
+
+    def ahead(batch: dict, states: dict, steps: int, at: int) -> torch.Tensor:
+        """Features [B, F] of state `at`, after so many imagined steps."""
+        deter, stoch = (states[key][:, at - steps] for key in ("deter", "stoch"))
+        for t in range(at - steps + 1, at + 1):
+            deter, stoch = model.rssm.img_step(deter, stoch, batch["action"][:, t])
+        return torch.cat([deter, stoch], -1)
+
+    def reward(feat: torch.Tensor) -> torch.Tensor:
+        return director.symexp(model.reward_head(feat))
+
+    batch = agent.tensors(replay.sample(64, 32))
+    states, truth = model.observe(batch), place(batch["image"].float() / 255)
+    for steps in (1, 8):
+        image = model.decoder(ahead(batch, states, steps, 16 + steps))["image"]
+        right = (place(image) == truth[:, 16 + steps]).float().mean()
+        print(f"place right after {steps} imagined steps: {right:.2f}")
+    seen = reward(torch.cat([states["deter"], states["stoch"]], -1)) > 5
+    alarms = seen & (batch["reward"] == 0)
+    print(f"rewards seen where there was none: {alarms.sum()} in {alarms.numel()} steps")
+    paid = [(x, t) for x in episodes for t in np.flatnonzero(x["reward"]) if t >= 24]
+    print(f"{len(paid)} paying steps")
+    if paid:
+        chunks = {key: np.stack([x[key][t - 24 : t + 1] for x, t in paid]) for key in episodes[0]}
+        batch = agent.tensors(chunks)
+        states = model.observe(batch)
+        for steps in (0, 1, 8):
+            share = (reward(ahead(batch, states, steps, 24)) > 5).float().mean()
+            print(f"of them foreseen {steps} steps before: {share:.2f}")
+    for x in episodes[-8:]:  # its moves, and its visits of another pad, which are dots in the margin
+        cells = x["image"][:, ::4, ::4].astype(int)
+        player = cells.sum(-1).reshape(len(cells), -1).argmin(-1)
+        pads = np.abs(np.diff(cells[:, 14, 1:8:2], axis=0)).sum((1, 2)) > 0
+        print(f"an episode moves in {(np.diff(player) != 0).mean():.2f} of its steps, changes pads "
+              f"in {pads.sum()}, return {x['reward'].sum():.0f}")
+
+
+if __name__ == "__main__":  # environments may start processes
+    main(sys.argv[1])

@@ -1,0 +1,85 @@
+"""Does the manager lead? What becomes of the return when the worker is given other goals?
+
+    python experiments/lead.py RUN
+    python experiments/lead.py RUN --modes
+
+Ten episodes each, side by side. First form: with the manager's goals, with those that it chooses
+for another player, who is elsewhere, and with goals of random codes, the worker's actions being the
+most likely ones; then with the manager's goals and sampled actions, as in training. With --modes:
+manager and worker, both sampled or most likely. Of a flat agent, there are only two ways to act.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import director
+
+EPISODES = 10
+
+
+@torch.no_grad()
+def main(run: str, modes: bool = False) -> dict[tuple, list[float]]:
+    """Print mean returns; returns all of them by (goals, actions)."""
+    agent, results = director.load(run), {}
+    config, choose = agent.config, agent.choose
+
+    # Each of these chooses skill and goal for all players at once, whether or not it is time.
+
+    def sampled(state: dict) -> dict:
+        return choose(state, np.zeros(EPISODES, int))
+
+    def for_another_player(state: dict) -> dict:
+        return {key: x.roll(1, 0) for key, x in sampled(state).items()}
+
+    def decoded(skill: torch.Tensor) -> dict:
+        return {"skill": skill.flatten(-2), "goal": agent.goals.decode(skill.flatten(-2))}
+
+    def most_likely(state: dict) -> dict:
+        return decoded(agent.manager.dist(agent.manager.feat(state)).mode)
+
+    def random_codes(state: dict) -> dict:
+        logits = torch.zeros(EPISODES, *agent.goals.groups, device=config.device)
+        return decoded(director.OneHot(logits).rsample())
+
+    def in_time(goals):
+        """What `choose` shall be: new goals where it is time, the old ones elsewhere."""
+        def choose_now(state: dict, count: np.ndarray) -> dict:
+            now = torch.as_tensor(count % config.goal_duration == 0, device=config.device)[:, None]
+            return {key: torch.where(now, x, state[key]) for key, x in goals(state).items()}
+        return choose_now
+
+    if not agent.manager:
+        trials = [(None, "eval"), (None, "train")]
+    elif modes:
+        trials = [(x, mode) for x in (sampled, most_likely) for mode in ("train", "eval")]
+    else:
+        trials = [(x, "eval") for x in (sampled, for_another_player, random_codes)]
+        trials.append((sampled, "train"))
+    with director.vector_envs(config, EPISODES) as envs:
+        for goals, mode in trials:
+            if goals:
+                agent.choose = in_time(goals)
+            torch.manual_seed(config.seed)
+            driver, state, scores = director.Driver(envs, config.seed), None, []
+            while len(scores) < EPISODES:
+                action, state = agent.policy(driver.rows, state, mode)
+                driver.step(action.cpu().numpy(), state)
+                scores += driver.score[driver.rows["is_last"]].tolist()
+            names = (goals.__name__.replace("_", " ") if goals else "none",
+                     "most likely" if mode == "eval" else "sampled")
+            results[names] = scores
+            print(f"goals: {names[0]}, actions: {names[1]}: mean return {np.mean(scores):.1f} "
+                  f"({min(scores):.1f} to {max(scores):.1f})", flush=True)
+    return results
+
+
+if __name__ == "__main__":  # environments may start processes
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="the folder of a trained agent")
+    parser.add_argument("--modes", action="store_true", help="sampled or most likely choices")
+    main(**vars(parser.parse_args()))

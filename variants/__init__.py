@@ -1,0 +1,1 @@
+"""Director's relatives: each file changes one thing of director.py and nothing else."""
