@@ -9,8 +9,7 @@ manager is rewarded for task reward and for novelty. Nobody is told what a good 
     python director.py --task dmc_walker_walk       train; the same command resumes
     python director.py --logdir RUN --eval 10       play 10 episodes with a trained agent
 
-Contents: configuration, numerics, networks, world model and its like, hierarchical returns, the
-agent, replay, environments, a run.
+Contents: configuration, numerics, networks, world model, returns, agent, replay, environments, run.
 
 From the paper to this file:
     Section 2.1, eq. 1-2   world model              WorldModel, RSSM, balanced_kl
@@ -55,7 +54,6 @@ import pathlib
 import signal
 import sys
 import time
-import uuid
 import warnings
 import zipfile
 
@@ -86,8 +84,9 @@ def option(default, text: str, *choices: str, low=1, high=1e12, group="", fixed=
 class Config:
     """All that can be set, and the flags; three defaults are those of the sizes paper, s and xs."""
 
-    task: str = option("dmc_walker_walk", "see the README", group="run", fixed=True)
-    obs: str = option("auto", "auto: see README", "auto", "pixels", "state", "both", fixed=True)
+    task: str = option("dmc_walker_walk", "dmc_<domain>_<task>, pinpad_<three..eight>, gym_<id> or "
+                       "gym_<module>:<id>", group="run", fixed=True)
+    obs: str = option("auto", "dmc_: pixels, or all", "auto", "pixels", "state", "both", fixed=True)
     agent: str = option("director", "dreamer: flat", "director", "dreamer", fixed=True)
     size: str = option("auto", "auto: paper on a GPU, else xs", "auto", "paper", "s", "xs")
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
@@ -138,12 +137,10 @@ class Config:
         if self.size == "auto":
             self.size = "paper" if self.device == "cuda" else "xs"
         if self.precision == "auto":
-            if self.device == "cuda":  # emulated bfloat16 is slower than float32
-                native = torch.cuda.is_bf16_supported(including_emulation=False)
-            else:
-                cpu = getattr(torch.cpu, "get_capabilities", dict)()
-                native = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16")
-            self.precision = "bfloat16" if native else "float32"
+            gpu = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            cpu = getattr(torch.cpu, "get_capabilities", dict)()
+            cpu = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16")
+            self.precision = "bfloat16" if (gpu if self.device == "cuda" else cpu) else "float32"
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), *map(field.metadata.get, ("low", "high"))
             if isinstance(value, tuple):
@@ -220,7 +217,6 @@ class OneHot:
         return self.one_hot(self.probs.argmax(-1, keepdim=True))
 
     def one_hot(self, index: Tensor) -> Tensor:
-        """[..., 1] -> [..., C], without gradient."""
         return torch.zeros_like(self.probs).scatter_(-1, index, 1.0)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
@@ -886,7 +882,6 @@ class Director(nn.Module):
         metrics["model_grad_norm"] = self.world_model.optimizer.minimize(loss)
         states = {key: states[key].detach() for key in ("deter", "stoch")}
         states |= {key: batch[key] for key in ("is_first", "is_terminal")}
-
         metrics |= self.train_goals(states)
 
         with autocast(self.config):  # behaviour, from every state of the batch
@@ -1096,10 +1091,8 @@ def image_and_state(env: gymnasium.Env, task: str, wanted: str) -> gymnasium.Env
         if "state" in keys:
             out["state"] = np.float32(spaces.flatten(rest, obs))
         if "image" in keys:
-            out["image"] = obs[images[0]]
-            if out["image"].shape != IMAGE.shape:
-                image = Image.fromarray(out["image"].squeeze()).convert("RGB")
-                out["image"] = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+            image = Image.fromarray(obs[images[0]].squeeze()).convert("RGB")
+            out["image"] = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
         return out
 
     vector = spaces.Box(-np.inf, np.inf, (spaces.flatdim(rest),))
@@ -1119,7 +1112,7 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
         try:
             env = gymnasium.make(name, disable_env_checker=True)
         except (gymnasium.error.Error, ImportError) as error:  # or its simulator is not installed
-            raise UserError(f"--task {task}: {' '.join(str(error).split())}; there are "
+            raise UserError(f"--task {task}: {' '.join(str(error).split())} There are "
                             "dmc_<domain>_<task>, pinpad_<three..eight>, gym_[<module>:]<id>"
                             ) from error
     env = image_and_state(env, task, wanted)
@@ -1133,7 +1126,6 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
                     "vector (Box) of floats")
 
 
-# What asks a run to save and stop, on systems that have it.
 SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
@@ -1145,18 +1137,16 @@ def vector_envs(config: Config, amount: int):
     the step after that ignores its action and brings the first observation of the next one.
     """
     make = [functools.partial(make_env, config.task, config)] * amount
-    slow, kind = config.task.startswith("dmc_") or ":" in config.task, SyncVectorEnv
-    others = set(multiprocessing.active_children())
+    slow = sys.platform != "win32" and (config.task.startswith("dmc_") or ":" in config.task)
+    kind, others = SyncVectorEnv, set(multiprocessing.active_children())
     if {"auto": slow, "yes": True, "no": False}[config.processes]:
         # Not forked from this process, which has threads and may have opened a GPU. What the fork
         # server ignores, its children do: signals to the whole group are for this process.
-        context = "spawn" if sys.platform == "win32" else "forkserver"
-        kind = functools.partial(AsyncVectorEnv, context=context)
+        kind = functools.partial(AsyncVectorEnv, context="forkserver")
         multiprocessing.set_forkserver_preload(["__main__", "director"])
         with contextlib.suppress(ValueError):  # another thread than the main one cannot
             handlers = [signal.signal(number, signal.SIG_IGN) for number in SIGNALS]
-            if context == "forkserver":
-                multiprocessing.forkserver.ensure_running()
+            multiprocessing.forkserver.ensure_running()
             for number, handler in zip(SIGNALS, handlers, strict=True):
                 signal.signal(number, handler)
     envs = None
@@ -1229,7 +1219,7 @@ def writing(where):
 
 def write_file(path: pathlib.Path, buffer: io.BytesIO):
     """Replace a file, or make it; when this is cut short, what was there is there, whole."""
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    temporary = path.with_name(f".tmp-{os.urandom(8).hex()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -1295,7 +1285,8 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
     except UserError:
         raise
     except Exception as error:  # damaged or foreign: it can go wrong in many ways
-        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(getattr(error, "strerror", error)).split())[:300]
+        raise UserError(f"{path} cannot be used: {reason}") from error
 
 
 class Run:
@@ -1314,9 +1305,9 @@ class Run:
         self.claim()
         if self.path.exists():
             self.agent = load(self.logdir, agent, **dataclasses.asdict(config))
-            step, seconds = self.agent.origin["step"], self.agent.origin["seconds"]
-            self.step = self.before = self.saved = self.drawn = self.reported = step
-            self.start -= seconds
+            self.step = self.before = self.saved = self.agent.origin["step"]
+            self.drawn = self.reported = self.step
+            self.start -= self.agent.origin["seconds"]
         else:
             self.agent = agent(*spaces, config)
 
@@ -1325,7 +1316,7 @@ class Run:
         config, metrics, lines = self.config, self.logdir / "metrics.jsonl", []
         with writing(self.logdir):
             if metrics.exists() and not self.path.exists():
-                aside = metrics.with_name(f"metrics-{uuid.uuid4().hex[:8]}.jsonl")
+                aside = metrics.with_name(f"metrics-{os.urandom(4).hex()}.jsonl")
                 metrics.rename(aside)
                 print(f"{metrics} is of a run that never saved; it is now {aside}")
             metrics.touch()
@@ -1346,10 +1337,10 @@ class Run:
         self.say(f"{config.task}: {self.variant} of size {config.size}, {config.precision} on "
                  f"{config.device}, in {self.logdir}")
         if self.saved:
-            old = self.agent.origin["config"]
-            self.say(f"Resumed at step {self.step}." + "".join(
-                f" --{key} is {value}, was {old[key]}."
-                for key, value in dataclasses.asdict(config).items() if value != old[key]))
+            new, old = dataclasses.asdict(config), self.agent.origin["config"]
+            changed = [f" --{key} is {new[key]}, was {old[key]}." for key in new
+                       if new[key] != old[key]]
+            self.say(f"Resumed at step {self.step}.{''.join(changed)}")
         if self.step < config.prefill:
             self.say(f"Until step {config.prefill} actions are random, then training starts.")
         with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
@@ -1363,8 +1354,7 @@ class Run:
             self.logdir.mkdir(parents=True, exist_ok=True)
             there = {path.name for path in self.logdir.iterdir()}
             if there and not there & {"lock", "metrics.jsonl", "checkpoint.pt"}:
-                raise UserError(f"--logdir {self.logdir}: holds {min(there)}, not a run; use a "
-                                "folder that is empty or does not exist")
+                raise UserError(f"--logdir {self.logdir}: holds {min(there)}, no run; use another")
             self.lock = open(self.logdir / "lock", "a")  # noqa: SIM115
             try:
                 import fcntl
@@ -1437,8 +1427,9 @@ class Run:
             self.say(f"step {self.step}: episode of {length} steps, return {score:.1f}")
             self.bar.set_postfix(last=score, grads=self.agent.grad_steps)
         doing = "random actions" if self.step < self.config.prefill else "training"
-        self.bar.set_description(doing, refresh=False)
-        self.bar.update(self.step - self.before)
+        with writing("the terminal"):
+            self.bar.set_description(doing, refresh=False)
+            self.bar.update(self.step - self.before)
 
     def means(self) -> dict[str, float]:
         """Of the metrics since the last report; FloatingPointError if one is not finite."""

@@ -1,6 +1,7 @@
 """What a user of director.py can rely on. Numbers named "official" come from danijar/director."""
 
 import functools
+import gzip
 import hashlib
 import importlib.machinery
 import io
@@ -8,7 +9,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -1514,3 +1517,53 @@ def test_tracking_hands_the_run_to_weights_and_biases(tmp_path, monkeypatch):
     assert director.main([*RUN, "--track", "--steps=20", f"--logdir={tmp_path}"]) == 0
     call, = calls
     assert call["sync_tensorboard"] and call["config"]["task"] == "pinpad_three"
+
+
+# ---- The programs in experiments/ ------------------------------------------------------------
+
+
+def run_program(monkeypatch, capsys, *command) -> str:
+    """What experiments/<name>.py prints, run like a script, but in this process."""
+    monkeypatch.setattr(sys, "argv", [str(x) for x in command])
+    capsys.readouterr()
+    runpy.run_path(str(HERE / "experiments" / f"{command[0]}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
+    flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
+    assert director.main([*flags, "--steps=808"]) == 0
+    programs = {("histories",): 32, ("foresee",): 6, ("lead", "--modes"): 12, ("reach",): 18}
+    for (name, *options), amount in programs.items():
+        text = run_program(monkeypatch, capsys, name, tmp_path, *options)
+        values = [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
+        assert len(values) >= amount, (name, text)
+        if name in ("foresee", "reach"):  # shares and cosines
+            assert all(-1 <= x <= 1 for x in values), (name, text)
+    run_program(monkeypatch, capsys, "filmstrip", tmp_path)
+    image = imageio.imread(tmp_path / "pictures/filmstrip.png")
+    assert image.shape == (128, 256, 3)
+    assert (image[:64, :64] == PinPad("three").reset(seed=0)[0]["image"]).all()
+
+
+def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")  # experiments/requirements.txt
+    lines = [{"step": 100 * i, "seconds": 60.0 * i, "episode/score": float(i)} for i in range(30)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "x-1.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "x-0").mkdir()
+    (tmp_path / "x-0/metrics.jsonl").write_text(text)
+    picture = tmp_path / "c.png"
+    out = run_program(monkeypatch, capsys, "curves", tmp_path / "x-0", tmp_path / "x-1.jsonl.gz",
+                      "--out", picture)
+    assert f"{tmp_path}/x (2)" in out and imageio.imread(picture).ndim == 3
+
+
+def test_the_benchmark_times_every_part_and_prints_json(capsys):
+    main = runpy.run_path(str(HERE / "experiments/benchmark.py"))["main"]
+    assert main(["--json", *[x for x in RUN if not x.startswith(("--prefill", "--log_every"))]]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("config")["task"] == "pinpad_three"
+    assert {"whole loop", "acting", "train step", "  of it goals", "peak memory"} < set(result)
+    for row in result.values():
+        assert row["min"] <= row["median"] <= row["max"] and math.isfinite(row["median"])
