@@ -69,6 +69,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+with contextlib.suppress(ImportError):  # PyTorch's LLVM has to be loaded before an OpenGL driver's
+    import triton  # noqa: F401
+
 # ---- Configuration --------------------------------------------------------------------------
 
 class UserError(ValueError):
@@ -99,7 +102,6 @@ class Config:
     save_every: int = option(10_000, "environment steps between two checkpoints")
     video_every: int = option(20_000, "environment steps between two sets of pictures")
     track: bool = option(False, "log to Weights & Biases, too")
-
     envs: int = option(4, "environments that are played side by side", group="data")
     processes: str = option("auto", "for each; auto: dmc_, gym_<module>:<id>", "auto", "yes", "no")
     render_quality: str = option("full", "fast: no shadows, jagged", "full", "fast", fixed=True)
@@ -108,7 +110,6 @@ class Config:
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
     batch_size: int = option((16, 16, 8), "replay chunks in a batch")
     batch_length: int = option((64, 64, 32), "steps in a replay chunk")
-
     deter: int = option((1024, 256, 128), "deterministic state", group="networks", fixed=True)
     hidden: int = option((1024, 256, 128), "hidden units of the recurrent model", fixed=True)
     stoch: int = option((32, 16, 16), "groups of the stochastic state", fixed=True)
@@ -118,7 +119,6 @@ class Config:
     cnn_depth: int = option((64, 32, 16), "channels of the first convolution", fixed=True)
     skill_groups: int = option(8, "groups of the manager's code", fixed=True)
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
-
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
     discount: float = option(0.99, "per step of the worker and of the manager", low=0.01, high=1)
     lam: float = option(0.95, "lambda of the returns", low=0, high=1)
