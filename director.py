@@ -17,7 +17,7 @@ From the paper to this file:
     Section 2.3            manager                  Director.choose, abstract_trajectory
                  eq. 6     exploration reward       GoalAutoencoder.novelty
     Section 2.4            worker                   Director.imagine, split_trajectory
-                 eq. 8     goal reward              max_cosine
+                 eq. 8     goal reward              max_cosine, Director.reward_goal
     both                   learning in imagination  ActorCritic, lambda_return, trajectory_weights,
                                                     Normalizer, AutoAdapt
 
@@ -30,7 +30,7 @@ A trajectory is a dict of tensors, time first, that `Director.imagine` plays fro
     deter, stoch    [H+1, N, D or SC]  the state at time t; at 0 the replayed one
     skill, goal     [H+1, N, GL or D]  the manager's code, and its decoding, during action t
     action, ent     [H+1, N, A]        what the worker does in state t; its entropy, if needed
-    cont            [H+1, N]           the chance that state t is no end, given that t-1 is none
+    cont            [H+1, N]           the chance that state t is no end if t-1 is none; 0 or 1 at 0
     reward_<name>   [H, N]             what action t earns, a function of state t+1
 `split_trajectory` makes it the worker's, `abstract_trajectory` the manager's. Both treat rewards
 apart, since there is one less of them than of states, and know what belongs to a goal.
@@ -85,7 +85,7 @@ def option(default, text: str, *choices: str, low=1, high=1e12, group="", fixed=
 
 @dataclasses.dataclass
 class Config:
-    """All that can be set, and the flags; three defaults are those of the sizes paper, s and xs."""
+    """All that can be set, and its flags; a tuple holds the defaults of sizes paper, s and xs."""
 
     task: str = option("dmc_walker_walk", "dmc_<domain>_<task>, pinpad_<three..eight>, gym_<id> or "
                        "gym_<module>:<id>", group="run", fixed=True)
@@ -427,7 +427,7 @@ class RSSM(nn.Module):
             *dense(deter + embed, hidden), glorot(nn.Linear(hidden, stoch)))
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
-        """Logits [..., S, C] before the observation is seen; a hierarchy would look at stoch."""
+        """Logits [..., S, C] before the observation; stoch is for variants with levels in it."""
         return self.prior_net(deter).float().unflatten(-1, self.groups)
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
@@ -566,7 +566,7 @@ class GoalAutoencoder(nn.Module):
         return OneHot(self.encoder(deter))
 
     def loss(self, deter: Tensor) -> tuple[Tensor, dict]:
-        """Eq. 4 on states [N, D]: loss, metrics."""
+        """Paper, eq. 4, on states [N, D]: loss, metrics."""
         code = self.encode(deter)
         rec = ((self.decode(code.rsample().flatten(-2)) - deter) ** 2).sum(-1)
         kl = (math.log(self.groups[1]) - code.entropy()).sum(-1)  # to a uniform prior
@@ -683,7 +683,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -
 
 
 def trajectory_weights(cont: Tensor, discount: float) -> Tensor:
-    """Discounted chances to get there, [H+1, ...] -> [H+1, ...]: 1 at first, 0 from an end on."""
+    """Discounted chances to get there, [H+1, ...] -> [H+1, ...]: cont[0] first, 0 from an end."""
     return (discount * cont).cumprod(0) / discount
 
 
@@ -731,8 +731,8 @@ class Director(nn.Module):
     """World model, goal autoencoder, manager and worker.
 
     With `--agent dreamer` there are no goals and no manager; the worker is an actor-critic on
-    the task reward over the same imagination, the paper's flat baseline. A subclass with another
-    method or another one of these classes is another idea: see `variants/`.
+    the task reward over the same imagination, the paper's flat baseline. A variant is a subclass
+    with another method, or another one of these classes: see `variants/`.
     """
 
     Config, WorldModel, Goals = Config, WorldModel, GoalAutoencoder  # and Replay, Run: further down
@@ -827,14 +827,14 @@ class Director(nn.Module):
         """Play on in the world model from N states for H steps: a trajectory (see the top).
 
         starts: deter, stoch, is_terminal, [N, ...], and what shall not be chosen (a goal, say).
-
         Who learns by REINFORCE needs no graph. A worker that learns by back-propagation needs one
-        in which a reward leads back to the actions before it, through the dynamics, and through
-        nothing else: players see states without gradient, and the choices of the manager have none.
+        in which what a state is worth (rewards, continuation, values, the baseline's, too) leads
+        back to earlier actions through the dynamics alone: what players see has no gradient, nor
+        has what the manager chooses.
         """
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
         steps, model = [], self.world_model
-        with torch.set_grad_enabled(not self.worker.reinforce):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.worker.reinforce):
             for t in range(self.config.horizon + 1):
                 if t:
                     deter, stoch = model.rssm.img_step(
@@ -977,15 +977,13 @@ class Replay:
                 for key, value in chunks.items()}
 
     def save(self, folder: pathlib.Path) -> dict[int, int]:
-        """Write what is not there yet, delete what is forgotten; returns lengths by name."""
+        """Write what is not there yet; returns the lengths of all episodes by name."""
         episodes = {**self.episodes, **dict(self.running.values())}
         for name, episode in episodes.items():
             if self.saved.get(name) != len(episode["reward"]):
                 buffer = io.BytesIO()
                 np.savez_compressed(buffer, **episode)
                 write_file(folder / f"{name}.npz", buffer)
-        for name in self.saved.keys() - episodes.keys():
-            (folder / f"{name}.npz").unlink(missing_ok=True)
         self.saved = {name: len(episode["reward"]) for name, episode in episodes.items()}
         return self.saved
 
@@ -1081,10 +1079,9 @@ def image_and_state(env: gymnasium.Env, task: str, wanted: str) -> gymnasium.Env
         raise UserError(f"--task {task}: observes {space}, which is neither an image nor a vector, "
                         "nor a Dict of one image and vectors")
     there = ["image"] * len(images) + ["state"] * bool(rest)
-    both = ["image", "state"]
-    keys = {"pixels": both[:1], "state": both[1:], "both": both, "auto": there}[wanted]
+    keys = {"pixels": ["image"], "state": ["state"], "auto": there}.get(wanted, ["image", "state"])
     if not set(keys) <= set(there):
-        raise UserError(f"--obs {wanted}: {task} shows its {there[0]} only")
+        raise UserError(f"--obs {wanted}: {task} shows {' and '.join(there) or 'nothing'} only")
 
     def convert(obs) -> dict[str, np.ndarray]:
         obs, out = {"": obs} if single else obs, {}
@@ -1112,9 +1109,8 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
         try:
             env = gymnasium.make(name, disable_env_checker=True)
         except (gymnasium.error.Error, ImportError) as error:  # or its simulator is not installed
-            raise UserError(f"--task {task}: {' '.join(str(error).split())} There are "
-                            "dmc_<domain>_<task>, pinpad_<three..eight>, gym_[<module>:]<id>"
-                            ) from error
+            raise UserError(f"--task {task}: {' '.join(str(error).split())} Use dmc_<domain>_<task>"
+                            ", pinpad_<three..eight> or gym_[<module>:]<id>") from error
     env = image_and_state(env, task, wanted)
     space = env.action_space
     if isinstance(space, spaces.Discrete) and space.n > 1:
@@ -1177,7 +1173,7 @@ class Driver:
         envs.action_space.seed(seed)
         obs, _ = envs.reset(seed=seed)
         no = np.zeros(envs.num_envs, bool)
-        self.update(obs, np.zeros(self.shape), 0.0 * no, ~no, no, no)
+        self.update(obs, np.zeros(self.shape), np.zeros(len(no)), ~no, no, no)
 
     def random(self) -> np.ndarray:
         """Uniformly random actions [E, A]."""
@@ -1188,7 +1184,7 @@ class Driver:
         """Act, [E, A], in the policy's state; where an episode has ended, the next one begins."""
         if self.rows["is_first"][0]:
             self.film = []
-        if "image" in self.rows and state:
+        if "image" in self.rows and state and len(self.film) < 10_000:
             self.film.append((self.rows["image"][0], state["goal"][0] if "goal" in state else None))
         is_first = self.rows["is_last"]
         action = np.where(is_first[:, None], 0, action)
@@ -1260,17 +1256,17 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
         if state["variant"] != agent_name(agent):
             raise UserError(f"--logdir {logdir}: holds a run of {state['variant']}")
         for field in dataclasses.fields(agent.Config):
-            old = state["config"][field.name]
+            old = state["config"].get(field.name, flags.get(field.name))  # or a flag since
             if field.metadata["fixed"] and flags.get(field.name, old) != old:
                 raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not "
                                 f"{flags[field.name]}; use its flags, or another --logdir")
-        flags = {"device": "auto", "precision": "auto", **flags, "logdir": str(logdir)}
+        free = {"device": "auto", "precision": "auto", "track": False}
         sizes, action = state["spaces"]
         made = agent(
             spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
                          for key, size in sizes.items()}),
             spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action),
-            agent.Config(**{**state["config"], **flags}))
+            agent.Config(**{**state["config"], **free, **flags, "logdir": str(logdir)}))
         made.load_state_dict(state["agent"])
         made.grad_steps = int(state["grad_steps"])
         for key, optimizer in made.optimizers.items():
@@ -1285,14 +1281,14 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
     except UserError:
         raise
     except Exception as error:  # damaged or foreign: it can go wrong in many ways
-        reason = " ".join(str(getattr(error, "strerror", error)).split())[:300]
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
         raise UserError(f"{path} cannot be used: {reason}") from error
 
 
 class Run:
     """The state of a run, and its folder. A subclass can agree with others on what `train` asks."""
 
-    def __init__(self, config: Config, agent: type, *spaces):
+    def __init__(self, config: Config, agent: type, *shown):  # and, to make one, its spaces
         self.config, self.variant, self.logdir = config, agent_name(agent), folder_of(config, agent)
         self.path, self.replays = self.logdir / "checkpoint.pt", self.logdir / "replay"
         self.replay = agent.Replay(config.replay_size)
@@ -1309,7 +1305,7 @@ class Run:
             self.drawn = self.reported = self.step
             self.start -= self.agent.origin["seconds"]
         else:
-            self.agent = agent(*spaces, config)
+            self.agent = agent(*shown, config)
 
     def open(self):
         """Go on with the files of the run, and listen to signals."""
@@ -1339,7 +1335,7 @@ class Run:
         if self.saved:
             new, old = dataclasses.asdict(config), self.agent.origin["config"]
             changed = [f" --{key} is {new[key]}, was {old[key]}." for key in new
-                       if new[key] != old[key]]
+                       if old.get(key, new[key]) != new[key]]
             self.say(f"Resumed at step {self.step}.{''.join(changed)}")
         if self.step < config.prefill:
             self.say(f"Until step {config.prefill} actions are random, then training starts.")
@@ -1359,15 +1355,15 @@ class Run:
             try:
                 import fcntl
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # Windows has none
-                pass
             except BlockingIOError as error:
                 raise UserError(f"--logdir {self.logdir}: another process trains there") from error
+            except (ImportError, OSError):  # Windows and some file systems have none
+                pass
             for leftover in self.logdir.rglob(".tmp-*"):
                 leftover.unlink()  # of a process that was killed
 
     def stop(self, number: int, frame):
-        """Finish the step, save and stop; the second such signal acts at once."""
+        """On Ctrl-C, say: finish the step, then `close`; a second one of its kind acts at once."""
         self.stops.append(number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -1383,7 +1379,7 @@ class Run:
         if self.step == self.saved or not self.whole:
             return
         self.means()
-        agent, buffer = self.agent, io.BytesIO()
+        agent, before, buffer = self.agent, self.replay.saved, io.BytesIO()
         action = int(agent.act_space.n) if agent.discrete else tuple(agent.act_space.shape)
         torch.save({
             "format": 2, "variant": self.variant, "config": dataclasses.asdict(self.config),
@@ -1393,6 +1389,8 @@ class Run:
             "optimizers": {k: x.state_dict() for k, x in agent.optimizers.items()},
             "episodes": self.replay.save(self.replays)}, buffer)
         write_file(self.path, buffer)
+        for name in before.keys() - self.replay.saved.keys():  # forgotten since the last time
+            (self.replays / f"{name}.npz").unlink(missing_ok=True)
         self.saved = self.step
         self.seed()
 
@@ -1400,15 +1398,16 @@ class Run:
         """Whatever has ended the loop: save, unless a gradient step was cut short or went wrong."""
         try:
             self.save()
-            if self.stops:
+            if self.stops and self.step == self.saved:
                 self.say(f"Stopped and saved at step {self.step}; the same command resumes.")
             elif sys.exc_info()[0] and self.step == self.saved:
                 print(f"Saved at step {self.step}; the same command resumes.", file=sys.stderr)
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            for opened in (self.bar, self.writer, self.lock):
-                opened.close()
+            with writing(self.logdir):
+                for opened in (self.lock, self.bar, self.writer):
+                    opened.close()
 
     def goes_on(self) -> bool:
         return self.step < self.config.steps and not self.stops
@@ -1459,8 +1458,8 @@ class Run:
         line = {"step": self.step, "seconds": round(time.time() - self.start, 1), **metrics}
         with writing(self.logdir), open(self.logdir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        for key, value in metrics.items():
-            self.writer.add_scalar(key, value, self.step)
+            for key, value in metrics.items():
+                self.writer.add_scalar(key, value, self.step)
 
     def say(self, text: str):
         with writing("the standard output"):
@@ -1555,10 +1554,10 @@ def train(config: Config, agent: type = Director) -> int:
 
 def evaluate(config: Config, agent: type = Director) -> list[float]:
     """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores."""
-    logdir, replay, scores, state = folder_of(config, agent), Replay(10**9), [], None
+    logdir, replay, scores, state = folder_of(config, agent), agent.Replay(10_000), [], None
     player = load(logdir, agent, **dataclasses.asdict(config))
     torch.manual_seed(config.seed)
-    with vector_envs(config, 1) as envs, writing("the standard output"):
+    with vector_envs(config, 1) as envs:
         driver = Driver(envs, config.seed)
         while len(scores) < config.eval:
             action, state = player.policy(driver.rows, state, mode="eval")
@@ -1566,10 +1565,11 @@ def evaluate(config: Config, agent: type = Director) -> list[float]:
             driver.step(action.cpu().numpy(), state)
             if driver.rows["is_last"][0]:
                 scores.append(float(driver.score[0]))
-                print(f"episode {len(scores)}: return {scores[-1]:.1f}", flush=True)
+                with writing("the standard output"):
+                    print(f"episode {len(scores)}: return {scores[-1]:.1f}, so far mean "
+                          f"{np.mean(scores):.1f}, deviation {np.std(scores):.1f}", flush=True)
                 if driver.film and len(scores) == 1:
                     draw(player, driver.film, replay.sample(6, 64), logdir / "pictures/eval")
-        print(f"mean {np.mean(scores):.1f}, standard deviation {np.std(scores):.1f}")
     result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
     write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
     return scores
@@ -1592,7 +1592,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
         with contextlib.suppress(OSError):
             print(f"director.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the run has begun
+    except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT
 
 
