@@ -828,9 +828,8 @@ class Director(nn.Module):
 
         starts: deter, stoch, is_terminal, [N, ...], and what shall not be chosen (a goal, say).
         Who learns by REINFORCE needs no graph. A worker that learns by back-propagation needs one
-        in which what a state is worth (rewards, continuation, values, the baseline's, too) leads
-        back to earlier actions through the dynamics alone: what players see has no gradient, nor
-        has what the manager chooses.
+        where what states are worth (rewards, continuation, values, the baseline's, too) leads back
+        to earlier actions through the dynamics alone: goals and what players see are detached.
         """
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
         steps, model = [], self.world_model
@@ -1154,7 +1153,8 @@ def vector_envs(config: Config, amount: int):
             process.kill()  # they may hang
             process.join()
         if envs:
-            envs.closed = True
+            envs.closed = isinstance(envs, AsyncVectorEnv)  # as their processes have ended
+            envs.close()
 
 
 class Driver:
@@ -1424,7 +1424,7 @@ class Run:
             score, length = float(driver.score[env]), int(driver.length[env])
             self.log({"episode/score": score, "episode/length": length})
             self.say(f"step {self.step}: episode of {length} steps, return {score:.1f}")
-            self.bar.set_postfix(last=score, grads=self.agent.grad_steps)
+            self.bar.set_postfix(last=score, grads=self.agent.grad_steps, refresh=False)
         doing = "random actions" if self.step < self.config.prefill else "training"
         with writing("the terminal"):
             self.bar.set_description(doing, refresh=False)

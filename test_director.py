@@ -1,5 +1,6 @@
 """What a user of director.py can rely on. Numbers named "official" come from danijar/director."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -848,6 +849,18 @@ def test_state_of_every_dm_control_task_is_one_vector_of_all_that_it_observes():
             specs = env.get_wrapper_attr("env").env.env.observation_spec().values()
             assert env.observation_space["state"].shape == state.shape
             assert state.size == sum(math.prod(spec.shape) for spec in specs), (domain, task)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_environments_in_this_process_are_closed_whatever_ends_their_use(fails, monkeypatch):
+    closed = []
+    monkeypatch.setattr(Mixed, "close", lambda self: closed.append(self))
+    used = director.vector_envs(Config(task="gym_Mixed-v0"), 2)
+    with contextlib.suppress(ZeroDivisionError), used as envs:
+        envs.reset()
+        if fails:
+            fail()
+    assert len(set(map(id, closed))) == 2
 
 
 def test_a_dict_of_an_image_and_vectors_arrives_whole():
