@@ -32,8 +32,8 @@ A trajectory is a dict of tensors, time first, that `Director.imagine` plays fro
     action, ent     [H+1, N, A]        what the worker does in state t; its entropy, if needed
     cont            [H+1, N]           the chance that state t is no end if t-1 is none; 0 or 1 at 0
     reward_<name>   [H, N]             what action t earns, a function of state t+1
-`split_trajectory` makes it the worker's, `abstract_trajectory` the manager's. Both treat rewards
-apart, since there is one less of them than of states, and know what belongs to a goal.
+`split_trajectory` makes it the worker's, `abstract_trajectory` the manager's; both know that there
+is one reward less than states, and what belongs to a goal.
 """
 
 import argparse
@@ -41,7 +41,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import io
@@ -510,17 +509,17 @@ class WorldModel(nn.Module):
         self.kl_adapt = AutoAdapt((), target=3.5, low=1e-5, high=1.0)
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Filter chunks [B, T, ...]: deter, stoch, and logits of posterior and prior."""
-        embed, first, steps = self.encoder(batch).unbind(1), batch["is_first"], []
+        """Filter chunks [B, T, ...]: embed, deter, stoch, and logits of posterior and prior."""
+        embed, first, steps = self.encoder(batch), batch["is_first"], []
         initial = self.rssm.initial()
         deter, stoch = (x.expand(len(first), -1) for x in initial)
         for t in range(first.shape[1]):
             deter, stoch, logit = self.rssm.obs_step(
-                deter, stoch, batch["action"][:, t], embed[t], first[:, t], initial)
+                deter, stoch, batch["action"][:, t], embed[:, t], first[:, t], initial)
             steps.append((deter, stoch, logit))
         deter, stoch, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
         prior = self.rssm.prior(deter, stoch)
-        return {"deter": deter, "stoch": stoch, "post": post, "prior": prior}
+        return {"embed": embed, "deter": deter, "stoch": stoch, "post": post, "prior": prior}
 
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """What keeps posterior and prior together, [B, T], and metrics."""
@@ -556,7 +555,7 @@ class GoalAutoencoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.groups = config.skill_groups, config.skill_classes
+        self.groups, self.size = (config.skill_groups, config.skill_classes), config.deter
         self.encoder = MLP(config.deter, self.groups, config)
         self.decode = MLP(math.prod(self.groups), (config.deter,), config)  # [..., GL] -> [..., D]
         self.kl_adapt = AutoAdapt((), target=10.0, low=1e-5, high=1.0)
@@ -565,11 +564,11 @@ class GoalAutoencoder(nn.Module):
         """[..., D] to a distribution over codes, [..., G, L]."""
         return OneHot(self.encoder(deter))
 
-    def loss(self, deter: Tensor) -> tuple[Tensor, dict]:
-        """Paper, eq. 4, on states [N, D]: loss, metrics."""
+    def loss(self, deter: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, dict]:
+        """Paper, eq. 4, on states [N, D] of these weights [N]: loss, metrics."""
         code = self.encode(deter)
-        rec = ((self.decode(code.rsample().flatten(-2)) - deter) ** 2).sum(-1)
-        kl = (math.log(self.groups[1]) - code.entropy()).sum(-1)  # to a uniform prior
+        rec = ((self.decode(code.rsample().flatten(-2)) - deter) ** 2).sum(-1) * weight
+        kl = (math.log(self.groups[1]) - code.entropy()).sum(-1) * weight  # to a uniform prior
         loss = (rec + self.kl_adapt(kl)).mean()
         return loss, {"goal_loss": loss, "goal_rec": rec.mean(), "goal_kl": kl.mean(),
                       "goal_kl_scale": self.kl_adapt.scale}
@@ -732,10 +731,10 @@ class Director(nn.Module):
 
     With `--agent dreamer` there are no goals and no manager; the worker is an actor-critic on
     the task reward over the same imagination, the paper's flat baseline. A variant is a subclass
-    with another method, or another one of these classes: see `variants/`.
+    with other methods or classes, see `variants/`; `loads` names those whose checkpoints it reads.
     """
 
-    Config, WorldModel, Goals = Config, WorldModel, GoalAutoencoder  # and Replay, Run: further down
+    Config, WorldModel, Goals, loads = Config, WorldModel, GoalAutoencoder, ()  # Replay, Run: below
 
     def __init__(self, obs_space: spaces.Dict, act_space: spaces.Space, config: Config):
         super().__init__()
@@ -763,11 +762,12 @@ class Director(nn.Module):
             return
         self.goals = self.Goals(config)
         Optimizer(self.goals, config)
-        self.sizes |= {"skill": math.prod(self.goals.groups), "goal": config.deter}
+        self.sizes |= {"skill": math.prod(self.goals.groups), "goal": self.goals.size}
         rewards = {"goal": 1.0} | ({"extr": config.worker_extr} if config.worker_extr else {})
         self.worker = self.player((*parts, "goal"), action, self.discrete, rewards)
         rewards = {"extr": 1.0, "expl": config.manager_expl}
-        self.manager = self.player(parts, self.goals.groups, True, rewards)
+        classes = len(self.goals.groups) > 1  # a variant's codes may be plain numbers
+        self.manager = self.player(parts, self.goals.groups, classes, rewards, reinforce=True)
 
     def player(self, keys: tuple, action: tuple, discrete: bool, rewards: dict, **kwargs):
         """An actor-critic that sees these parts of a state."""
@@ -786,12 +786,16 @@ class Director(nn.Module):
         now = count % self.config.goal_duration == 0
         if not self.manager or not now.any():
             return {}
-        skill = self.manager.dist(self.manager.feat(state)).rsample().flatten(-2)
+        skill = self.pick(state)
         chosen = {"skill": skill, "goal": self.goals.decode(skill)}
         if now.all():
             return chosen
         now = torch.as_tensor(now, device=skill.device)[:, None]
         return {key: torch.where(now, value, state[key]) for key, value in chosen.items()}
+
+    def pick(self, state: dict[str, Tensor]) -> Tensor:
+        """The manager's code in a state [N, ...]: [N, GL]."""
+        return self.manager.dist(self.manager.feat(state)).rsample().flatten(1)
 
     def act(self, state: dict, first: np.ndarray, mode: str) -> dict:
         """Add goal and action to a filtered state [E, ...]; at `first` [E] the count is 0.
@@ -879,8 +883,7 @@ class Director(nn.Module):
         with autocast(self.config):  # the world model
             loss, states, metrics = self.world_model.loss(batch)
         metrics["model_grad_norm"] = self.world_model.optimizer.minimize(loss)
-        states = {key: states[key].detach() for key in ("deter", "stoch")}
-        states |= {key: batch[key] for key in ("is_first", "is_terminal")}
+        states = {**batch, **{key: value.detach() for key, value in states.items()}}
         metrics |= self.train_goals(states)
 
         with autocast(self.config):  # behaviour, from every state of the batch
@@ -910,10 +913,13 @@ class Director(nn.Module):
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whatever else learns from the trajectory, after the players; returns metrics."""
-        if not self.manager:
+        if "reward_goal" not in traj:
             return {}
-        k = self.config.goal_duration
-        return {"goal_reached": (traj["reward_goal"][k - 1 :: k] > 0.7).float().mean()}
+        last = slice(self.config.goal_duration - 1, None, self.config.goal_duration)
+        other = {**traj, "goal": traj["goal"].roll(traj["goal"].shape[1] // 2, 1)}
+        with torch.no_grad(), autocast(self.config):
+            shuffled = self.reward_goal(other)[last].mean()
+        return {"goal_reward_last": traj["reward_goal"][last].mean(), "goal_reward_other": shuffled}
 
     def picture_goal(self, goal: Tensor) -> Tensor | None:
         """Image [..., 64, 64, 3] of a goal [..., D], if it has one, at the prior's mode."""
@@ -924,10 +930,7 @@ class Director(nn.Module):
 # ---- Replay ---------------------------------------------------------------------------------
 
 class Replay:
-    """Episodes in memory as they were observed, 12 KB a step with pixels; the oldest ones go first.
-
-    `save` and `load` keep them in a folder, one file each.
-    """
+    """Episodes in memory as they were observed, 12 KB a step with pixels; the oldest ones go first."""
 
     def __init__(self, capacity: int, seed: int = 0):
         self.capacity, self.rng = capacity, np.random.default_rng(seed)
@@ -976,7 +979,7 @@ class Replay:
                 for key, value in chunks.items()}
 
     def save(self, folder: pathlib.Path) -> dict[int, int]:
-        """Write what is not there yet; returns the lengths of all episodes by name."""
+        """Write a file for each episode, if need be; returns the lengths of all by name."""
         episodes = {**self.episodes, **dict(self.running.values())}
         for name, episode in episodes.items():
             if self.saved.get(name) != len(episode["reward"]):
@@ -1031,8 +1034,7 @@ class DMControl(gymnasium.Env):
         tasks = {f"dmc_{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         tasks["dmc_cup_catch"] = "ball_in_cup", "catch"
         if f"dmc_{name}" not in tasks:
-            near = difflib.get_close_matches(f"dmc_{name}", tasks, 1, 0.0)[0]
-            raise UserError(f"--task dmc_{name}: did you mean {near}? {', '.join(sorted(tasks))}")
+            raise UserError(f"--task dmc_{name}: is none of {', '.join(sorted(tasks))}")
         domain, task = tasks[f"dmc_{name}"]
         self.env, self.pixels = suite.load(domain, task), pixels
         self.camera = 2 if domain == "quadruped" else 0
@@ -1253,7 +1255,7 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state.get("format") != 2:
             raise ValueError("it is of an older version of this program")
-        if state["variant"] != agent_name(agent):
+        if state["variant"] not in (agent_name(agent), *agent.loads):
             raise UserError(f"--logdir {logdir}: holds a run of {state['variant']}")
         for field in dataclasses.fields(agent.Config):
             old = state["config"].get(field.name, flags.get(field.name))  # or a flag since
@@ -1425,9 +1427,7 @@ class Run:
             self.log({"episode/score": score, "episode/length": length})
             self.say(f"step {self.step}: episode of {length} steps, return {score:.1f}")
             self.bar.set_postfix(last=score, grads=self.agent.grad_steps, refresh=False)
-        doing = "random actions" if self.step < self.config.prefill else "training"
         with writing("the terminal"):
-            self.bar.set_description(doing, refresh=False)
             self.bar.update(self.step - self.before)
 
     def means(self) -> dict[str, float]:
