@@ -1,0 +1,240 @@
+"""Director's relatives on Grid-v0, beside themselves with their idea disconnected.
+
+    python experiments/relatives.py --seeds 0 1 2 [--only feudal higl] [--out relatives.jsonl]
+
+Each agent makes 900 gradient steps on a grid of 6 by 6 cells, all with the same networks, batches
+and learning rates: a line of JSON for each, with the mean return of its last 24 episodes and its
+tell-tales, first and last. Where a line of --out has an agent and a seed, they are left out. With
+--planner, the agents of director.py are stopped after 100, 200 and 400 gradient steps, and play ten
+episodes each with their actor and with each way to search. On one core, a run takes about a minute.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import director
+from variants import Grid, diayn, disagreement, feudal, higl, planner, same_episode
+
+GRID = ["--task=gym_Grid-v0", "--device=cpu", "--precision=float32", "--size=xs", "--units=32",
+        "--deter=32", "--hidden=32", "--stoch=4", "--classes=4", "--skill_groups=4",
+        "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
+        "--prefill=1000", "--train_every=8"]
+
+
+def unpaid(agent: type) -> type:
+    """The same agent, whose worker gets no reward for its goals."""
+    class Unpaid(agent):
+        def views(self, traj):
+            views = super().views(traj)
+            views["worker"]["reward_goal"] = 0 * views["worker"]["reward_goal"]
+            return views
+    return Unpaid
+
+
+AGENTS = {  # name: agent, flags
+    "director": (director.Director, []),
+    "director, worker unpaid": (unpaid(director.Director), []),
+    "flat": (director.Director, ["--agent=dreamer"]),
+    "feudal": (feudal.Agent, []),
+    "feudal, worker unpaid": (unpaid(feudal.Agent), []),
+    "feudal, dot": (feudal.Agent, ["--feudal_reward=dot"]),
+    "higl": (higl.Agent, []),
+    "higl, worker unpaid": (unpaid(higl.Agent), []),
+    "higl, reconstruction": (higl.Agent, ["--higl_loss=reconstruction"]),
+    "diayn": (diayn.Agent, []),
+    "diayn, worker unpaid": (unpaid(diayn.Agent), []),
+    "diayn for the task": (diayn.Agent, ["--skills_for=task"]),
+    "disagreement": (disagreement.Agent, []),
+    "disagreement, flat": (disagreement.Agent, ["--agent=dreamer"]),
+}
+TELL_TALES = ("goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec",
+              "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward")
+
+
+def run(logdir: str, agent: type, flags: list[str]):
+    with open(pathlib.Path(logdir) / "out.txt", "a") as file, contextlib.redirect_stdout(file):
+        code = director.main([*GRID, f"--logdir={logdir}/run", *flags], agent)
+    assert code == 0, code
+
+
+def states(agent: director.Director, replay: director.Replay) -> dict[str, torch.Tensor]:
+    """Filtered states of 32 chunks of 32 steps, [B, T, ...], with the batch."""
+    batch = agent.tensors(replay.sample(32, 32))
+    with torch.no_grad():
+        return {**batch, **agent.world_model.observe(batch)}
+
+
+def replayed(logdir: str, agent: director.Director) -> director.Replay:
+    replay = director.Replay(10**6)
+    rows = {"state": np.zeros((1, 12), np.float32), "action": np.zeros((1, 5), np.float32),
+            "reward": np.zeros(1, np.float32), **{f"is_{key}": np.zeros(1, bool) for key in (
+                "first", "last", "terminal")}}
+    replay.load(pathlib.Path(logdir) / "run/replay", agent.origin["episodes"], rows)
+    return replay
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def distances(agent: director.Director, replay: director.Replay) -> float:
+    """Rank correlation of distances between codes and numbers of moves between their cells."""
+    seen = states(agent, replay)
+    cells = seen["state"].flatten(0, 1).unflatten(-1, (2, 6)).argmax(-1).float()
+    with torch.no_grad():
+        codes = agent.goals.encode(seen["deter"].flatten(0, 1))
+    moves, far = torch.cdist(cells, cells, p=1), torch.cdist(codes, codes)
+    pairs = torch.ones_like(far).triu(1).bool()
+    return float(np.corrcoef(ranks(moves[pairs].numpy()), ranks(far[pairs].numpy()))[0, 1])
+
+
+def ends(agent: director.Director, copies: int = 32, steps: int = 20) -> tuple[float, float]:
+    """Entropy of the cell after 20 steps in the grid, without and with a skill that is known."""
+    skills = agent.config.skills
+    agent.pick = lambda state: torch.eye(skills).repeat(copies, 1)
+    driver = director.Driver(SyncVectorEnv(
+        [Grid] * skills * copies, autoreset_mode=AutoresetMode.NEXT_STEP), 0)
+    rows, state = driver.rows, None
+    for _ in range(steps):
+        rows = {**driver.rows, "state": driver.rows["state"]}
+        action, state = agent.policy(rows, state)
+        driver.step(action.numpy())
+    cell = driver.rows["state"].reshape(copies, skills, 2, 6).argmax(-1) @ [6, 1]
+    counts = np.stack([np.bincount(x, minlength=36) for x in cell.T])  # [skills, cells]
+
+    def entropy(p):
+        p = p / p.sum(-1, keepdims=True)
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+    return float(entropy(counts.sum(0))), float(entropy(counts).mean())
+
+
+def half_world(target: str, seed: int) -> dict[str, float]:
+    """Disagreement on both halves of the grid of an agent that has seen only the one."""
+    replays = []
+    for side in range(2):
+        replay, rng, env = director.Replay(10**6, seed), np.random.default_rng(seed), Grid()
+        for _ in range(40):
+            obs, _ = env.reset()
+            env.cell = np.array([3 * side, 0]) + rng.integers((3, 6))
+            action = 0
+            for t in range(33):
+                obs = np.eye(6, dtype=np.float32)[env.cell].flatten()
+                row = {"state": obs, "action": np.eye(5, dtype=np.float32)[action] * (t > 0),
+                       "reward": np.float32(0), "is_first": t == 0, "is_last": t == 32,
+                       "is_terminal": False}
+                replay.add({key: np.array(value)[None] for key, value in row.items()})
+                action = int(rng.integers(5))
+                before = env.cell
+                env.step(action)
+                if env.cell[0] // 3 != side:
+                    env.cell, action = before, 0  # a wall, as if it had stayed
+        replays.append(replay)
+    config = disagreement.Config(**director.parse_args(
+        [*GRID, f"--disagreement_target={target}"], disagreement.Config))
+    torch.manual_seed(seed)
+    agent = disagreement.Agent(
+        director.spaces.Dict({"state": director.spaces.Box(0, 1, (12,))}), Grid.action_space, config)
+
+    def look() -> list[float]:
+        found = []
+        for replay in replays:
+            seen = states(agent, replay)
+            known = torch.cat([seen["deter"][:, :-1], seen["stoch"][:, :-1],
+                               seen["action"][:, 1:]], -1)
+            with torch.no_grad():
+                new = agent.ensemble.disagreement(known)
+            found.append(float(new[same_episode(seen["is_first"], 1)].mean()))
+        return found
+
+    untrained = look()
+    for _ in range(300):
+        agent.train_step(replays[0].sample(8, 32))
+    known, new = look()
+    return {"untrained_known": untrained[0], "untrained_new": untrained[1], "known": known,
+            "new": new}
+
+
+def relative(name: str, seed: int) -> dict:
+    (agent, flags), start = AGENTS[name], time.time()
+    with tempfile.TemporaryDirectory() as logdir:
+        run(logdir, agent, [*flags, f"--seed={seed}", "--steps=8200"])
+        lines = [json.loads(x) for x in open(f"{logdir}/run/metrics.jsonl")]
+        scores = [x["episode/score"] for x in lines if "episode/score" in x]
+        logged = [x for x in lines if "train/model_loss" in x]
+        result = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
+                  "seconds": time.time() - start}
+        for key in TELL_TALES:
+            if f"train/{key}" in logged[-1]:
+                result[key] = [x[f"train/{key}"] for x in (logged[0], logged[-1])]
+        made = director.load(f"{logdir}/run", agent)
+        if name.startswith("higl"):
+            replay, fresh = replayed(logdir, made), agent.Goals(made.config)
+            result["distances"] = distances(made, replay)
+            made.goals = fresh
+            result["distances_untrained"] = distances(made, replay)
+        if name.startswith("diayn"):
+            result["end_entropy"], result["end_entropy_given_skill"] = ends(made)
+    return result
+
+
+def planners(flat: bool, seed: int):
+    ways = [("none", []), ("shooting", ["--rounds=1"]), ("actions", []), ("mcts", [])]
+    ways += [] if flat else [("codes", [])]
+    flags = [f"--seed={seed}", "--log_every=100"] + ["--agent=dreamer"] * flat
+    with tempfile.TemporaryDirectory() as logdir:
+        for updates in (100, 200, 400):
+            run(logdir, director.Director, [*flags, f"--steps={1000 + 8 * updates}"])
+            for way, more in ways:
+                given = director.parse_args(
+                    [f"--planner={'actions' if way == 'shooting' else way}", *more, "--eval=10",
+                     f"--seed={seed + 100}", f"--logdir={logdir}/run"], planner.Config)
+                config, start = director.load(f"{logdir}/run", planner.Agent, **given).config, 0
+                with open(f"{logdir}/out.txt", "a") as file, contextlib.redirect_stdout(file):
+                    start = time.time()
+                    scores = director.evaluate(config, planner.Agent)
+                yield {"agent": ("flat" if flat else "director") + f", planner {way}",
+                       "seed": seed, "updates": updates, "return": np.mean(scores),
+                       "seconds_per_action": (time.time() - start) / (10 * 60)}
+
+
+def main(seeds: list[int], only: list[str], out: str, planner: bool):
+    path = pathlib.Path(out)
+    done = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    for seed in seeds:
+        if planner:
+            results = itertools.chain(planners(False, seed), planners(True, seed))
+        else:
+            names = [x for x in AGENTS if not only or x in only or x.split(",")[0] in only]
+            names = [x for x in names if (x, seed) not in [(y["agent"], y["seed"]) for y in done]]
+            results = (relative(name, seed) for name in names)
+            if not only or "half world" in only:
+                halves = ({"agent": f"half world, {target}", "seed": seed,
+                           **half_world(target, seed)} for target in ("stoch", "embed", "deter"))
+                results = itertools.chain(halves, results)
+        for result in results:
+            with open(path, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=[], help="some of: " + "; ".join(AGENTS))
+    parser.add_argument("--out", default="relatives.jsonl")
+    parser.add_argument("--planner", action="store_true", help="search, instead")
+    main(**vars(parser.parse_args()))
