@@ -1518,15 +1518,7 @@ def train(config: Config, agent: type = Director) -> int:
             driver, state = Driver(envs, run.seed()), None
             if run.saved:
                 run.replay.load(run.replays, run.agent.origin["episodes"], driver.rows)
-            run.record(driver)
             while run.goes_on():
-                # Act.
-                if run.step < config.prefill:
-                    action = driver.random()
-                else:
-                    action, state = run.agent.policy(driver.rows, state)
-                    action = action.cpu().numpy()
-                driver.step(action, state)
                 run.record(driver)
 
                 # Learn. An error in here leaves a state that is half of one step, half of the next.
@@ -1547,6 +1539,14 @@ def train(config: Config, agent: type = Director) -> int:
                 # Save.
                 if run.due(config.save_every):
                     run.save()
+
+                # Act.
+                if run.step < config.prefill:
+                    action = driver.random()
+                else:
+                    action, state = run.agent.policy(driver.rows, state)
+                    action = action.cpu().numpy()
+                driver.step(action, state)
         finally:
             run.close()
         return 128 + run.stops[0] if run.stops else 0

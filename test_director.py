@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import director
 from director import IMAGE, Config, Director, Driver, Replay
+from variants import Corridor
 from variants.pin_pad import PADS, PinPad
 
 HERE = pathlib.Path(director.__file__).parent
@@ -621,26 +622,6 @@ def test_manager_finds_the_code_that_pays():
     assert manager.dist(deter).probs[0, 0, 0, 1] > 0.75
 
 
-class Corridor(gymnasium.Env):
-    """Eight cells; actions stay, left, right; 1 per step at the far end; at best 43 in 50 steps."""
-
-    observation_space, action_space = spaces.Box(0, 1, (8,), np.float32), spaces.Discrete(3)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.cell = self.steps = 0
-        return np.eye(8, dtype=np.float32)[0], {}
-
-    def step(self, action):
-        self.cell = min(max(self.cell + (0, -1, 1)[action], 0), 7)
-        self.steps += 1
-        obs = np.eye(8, dtype=np.float32)[self.cell]
-        return obs, float(self.cell == 7), False, self.steps >= 50, {}
-
-
-gymnasium.register("Corridor-v0", Corridor)
-
-
 def test_the_flat_agent_solves_a_corridor(tmp_path):
     flags = ["--task=gym_Corridor-v0", "--agent=dreamer", "--device=cpu", "--precision=float32",
              "--size=xs", "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
@@ -649,30 +630,6 @@ def test_the_flat_agent_solves_a_corridor(tmp_path):
     assert director.main(flags) == 0
     scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
     assert np.mean(scores[:20]) < 8 and np.mean(scores[-8:]) > 20, scores
-
-
-class Grid(gymnasium.Env):
-    """Six by six cells, from one corner to the opposite one, whose nine cells pay 1 per step.
-
-    Actions stay, down, up, right, left; at best 54 in 60 steps; random actions get about 6.
-    """
-
-    observation_space, action_space = spaces.Box(0, 1, (12,), np.float32), spaces.Discrete(5)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.cell, self.steps = np.zeros(2, int), 0
-        return np.eye(6, dtype=np.float32)[self.cell].flatten(), {}
-
-    def step(self, action):
-        move = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))[action]
-        self.cell = (self.cell + move).clip(0, 5)
-        self.steps += 1
-        obs = np.eye(6, dtype=np.float32)[self.cell].flatten()
-        return obs, float((self.cell >= 3).all()), False, self.steps >= 60, {}
-
-
-gymnasium.register("Grid-v0", Grid)
 
 
 def test_director_learns_to_stay_in_the_far_corner_of_a_grid(tmp_path):

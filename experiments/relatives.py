@@ -20,7 +20,6 @@ import time
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import director
@@ -105,13 +104,11 @@ def ends(agent: director.Director, copies: int = 32, steps: int = 20) -> tuple[f
     """Entropy of the cell after 20 steps in the grid, without and with a skill that is known."""
     skills = agent.config.skills
     agent.pick = lambda state: torch.eye(skills).repeat(copies, 1)
-    driver = director.Driver(SyncVectorEnv(
-        [Grid] * skills * copies, autoreset_mode=AutoresetMode.NEXT_STEP), 0)
-    rows, state = driver.rows, None
-    for _ in range(steps):
-        rows = {**driver.rows, "state": driver.rows["state"]}
-        action, state = agent.policy(rows, state)
-        driver.step(action.numpy())
+    with director.vector_envs(agent.config, skills * copies) as envs:
+        driver, state = director.Driver(envs, 0), None
+        for _ in range(steps):
+            action, state = agent.policy(driver.rows, state)
+            driver.step(action.numpy())
     cell = driver.rows["state"].reshape(copies, skills, 2, 6).argmax(-1) @ [6, 1]
     counts = np.stack([np.bincount(x, minlength=36) for x in cell.T])  # [skills, cells]
 
@@ -172,7 +169,8 @@ def relative(name: str, seed: int) -> dict:
     (agent, flags), start = AGENTS[name], time.time()
     with tempfile.TemporaryDirectory() as logdir:
         run(logdir, agent, [*flags, f"--seed={seed}", "--steps=8200"])
-        lines = [json.loads(x) for x in open(f"{logdir}/run/metrics.jsonl")]
+        text = (pathlib.Path(logdir) / "run/metrics.jsonl").read_text()
+        lines = [json.loads(x) for x in text.splitlines()]
         scores = [x["episode/score"] for x in lines if "episode/score" in x]
         logged = [x for x in lines if "train/model_loss" in x]
         result = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),

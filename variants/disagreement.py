@@ -57,6 +57,11 @@ class Config(director.Config):
                                                "deter", fixed=True)
     worker_expl: float = director.option(0.1, "weight of it for the flat agent", low=0)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_length < 2:
+            raise director.UserError("--batch_length: has to be more than 1")
+
 
 class Agent(director.Director):
     """Director, or the flat agent, curious about what its models disagree on."""

@@ -56,6 +56,11 @@ class Config(director.Config):
     feudal_reward: str = director.option("cosine", "of a step: FuN's mean cosine, or way along it",
                                          "cosine", "dot", group="feudal")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_length <= self.goal_duration:
+            raise director.UserError("--batch_length: has to be more than --goal_duration")
+
 
 class Agent(director.Director):
     """Director with directions as goals."""

@@ -69,6 +69,11 @@ class Config(director.Config):
                                      "reconstruction", fixed=True)
     temperature: float = director.option(0.5, "of InfoNCE", low=1e-3)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_length <= self.goal_duration:
+            raise director.UserError("--batch_length: has to be more than --goal_duration")
+
 
 class Agent(director.Director):
     """Director with points in a learned space as goals."""

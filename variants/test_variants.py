@@ -1,0 +1,442 @@
+"""What a user of the variants can rely on: mechanisms and formulas; returns are in experiments/."""
+
+import functools
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+
+import director
+from test_director import (
+    CONTINUOUS,
+    DISCRETE,
+    HERE,
+    RUN,
+    TINY,
+    close,
+    random_batch,
+    read_metrics,
+    starts_at,
+    tensor,
+)
+from variants import diayn, disagreement, feudal, higl, planner, same_episode, search
+
+VARIANTS = [  # agent, flags
+    (feudal.Agent, {}), (feudal.Agent, {"feudal_reward": "dot"}),
+    (feudal.Agent, {"agent": "dreamer"}),
+    (higl.Agent, {}), (higl.Agent, {"higl_loss": "reconstruction"}),
+    (diayn.Agent, {}), (diayn.Agent, {"skills_for": "task"}),
+    (disagreement.Agent, {}), (disagreement.Agent, {"agent": "dreamer"}),
+    (disagreement.Agent, {"disagreement_target": "embed"}),
+    (disagreement.Agent, {"disagreement_target": "deter"}),
+    (planner.Agent, {"candidates": 20, "rounds": 2}),
+    (planner.Agent, {"candidates": 20, "rounds": 2, "planner": "codes"}),
+    (planner.Agent, {"planner": "mcts", "simulations": 4, "agent": "dreamer"}),
+    (planner.Agent, {"planner": "mcts", "simulations": 4})]
+
+
+def name(value) -> str:
+    if isinstance(value, type):
+        return director.agent_name(value)
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else type(value).__name__
+
+
+def make(made, space=DISCRETE, **flags):
+    torch.manual_seed(0)
+    config = made.Config(size="xs", **{**TINY, **flags})
+    return made(spaces.Dict({"image": director.IMAGE}), space, config)
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE], ids=name)
+@pytest.mark.parametrize(("agent", "flags"), VARIANTS, ids=name)
+def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, flags, space):
+    agent = make(agent, space, **flags)
+    owned = [p for optimizer in agent.optimizers.values() for p in optimizer.params]
+    assert len(owned) == len(set(owned)) == sum(p.requires_grad for p in agent.parameters())
+    for optimizer in agent.optimizers.values():
+        def check(loss, optimizer=optimizer, minimize=optimizer.minimize):
+            before = {p: p.detach().clone() for p in agent.parameters()}
+            norm = minimize(loss)
+            moved = {p for p, old in before.items() if not torch.equal(p, old)}
+            assert moved and moved <= set(optimizer.params)
+            return norm
+        optimizer.minimize = check
+    batch = random_batch(np.random.default_rng(0), 2, 19, agent.discrete, agent.sizes["action"])
+    for _ in range(3):
+        metrics = agent.train_step(batch)
+        assert all(value.isfinite() for value in metrics.values()), metrics
+    assert ("goal_reward_other" in metrics) == bool(agent.manager)
+    state, skills = None, []
+    for step in range(9):  # three environments, of which the second begins anew at step 4
+        first = np.array([step == 0, step in (0, 4), step == 0])
+        action, state = agent.policy(
+            {"image": np.zeros((3, 64, 64, 3), np.uint8), "is_first": first}, state)
+        assert action.shape == (3, agent.sizes["action"]) and action.isfinite().all()
+        skills.append(state.get("skill"))
+    if agent.manager:
+        assert all(torch.equal(x[0], skills[0][0]) for x in skills[:8])
+        assert all(torch.equal(x[1], skills[4][1]) for x in skills[4:])
+    if agent.discrete:
+        close(action.sum(-1), np.ones(3))
+
+
+@pytest.mark.parametrize(("agent", "flags"), VARIANTS[::3], ids=name)
+def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
+    run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
+           "--video_every=100", f"--logdir={tmp_path}", *(f"--{key}={value}" for key, value in flags.items())]
+    for steps in (150, 300):
+        assert director.main([*run, f"--steps={steps}"], agent) == 0
+    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 25
+    assert director.main([f"--logdir={tmp_path}", "--eval=1"], agent) == 0
+    assert len(json.loads((tmp_path / "eval.json").read_text())["scores"]) == 1
+    names = {path.stem.split("-")[1] for path in (tmp_path / "pictures").iterdir()}
+    pictured = agent is planner.Agent or agent is disagreement.Agent
+    assert {"episode", "openloop"} <= names and ("worker" in names) <= pictured
+
+
+def test_a_variant_runs_as_a_program_that_a_signal_stops_and_the_same_command_resumes(tmp_path):
+    command = [sys.executable, "-m", "variants.feudal", *RUN, "--task=gym_Corridor-v0",
+               "--batch_length=10", "--steps=100000", f"--logdir={tmp_path}"]
+    for word in ("gradient steps", "Resumed at step"):
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+            assert any(word in line for line in process.stdout)
+            process.terminate()
+            assert "Stopped and saved" in process.stdout.read()
+    assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 2  # it is no Director
+
+
+def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
+    run = [*RUN, "--task=gym_Corridor-v0", "--steps=150", f"--logdir={tmp_path}"]
+    assert director.main(run) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    flags = ["--candidates=20", "--rounds=1", "--eval=1", f"--logdir={tmp_path}"]
+    assert director.main(flags, planner.Agent) == 0
+    assert director.main(flags[2:], director.Director) == 0
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert director.main(flags[2:], feudal.Agent) == 2
+    assert "holds a run of director" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("agent", "flags", "words"), [
+    (feudal.Agent, ["--batch_length=8"], "--batch_length: has to be more than --goal_duration"),
+    (higl.Agent, ["--batch_length=8"], "--batch_length: has to be more than --goal_duration"),
+    (higl.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (higl.Agent, ["--temperature=0"], "must be from 0.001"),
+    (diayn.Agent, ["--skills=1"], "must be from 2"),
+    (diayn.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (disagreement.Agent, ["--batch_length=1"], "has to be more than 1"),
+    (disagreement.Agent, ["--members=1"], "must be from 2"),
+    (planner.Agent, ["--planner=codes", "--agent=dreamer"], "a flat agent has none"),
+    (planner.Agent, ["--candidates=9"], "must be from 20")])
+def test_bad_flags_get_one_line(agent, flags, words, capsys):
+    assert director.main(flags, agent) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", ["Grid-v0", "Corridor-v0"])
+def test_the_small_worlds_pass_the_gymnasium_checker(task):
+    check_env(gymnasium.make(task, disable_env_checker=True).unwrapped, skip_render_check=True)
+
+
+def test_pairs_are_those_within_an_episode():
+    is_first = torch.rand(7, 20, generator=torch.manual_seed(0)) < 0.15
+    for k in (1, 4):
+        for row, found in zip(is_first, same_episode(is_first, k), strict=True):
+            assert found.tolist() == [not row[t + 1 : t + k + 1].any() for t in range(20 - k)]
+
+
+def replayed(agent, steps=12):
+    """Random states of three chunks, with a second episode in the last one, and their flags."""
+    gen = torch.manual_seed(1)
+    states = {"deter": torch.randn(3, steps, 16, generator=gen),
+              "is_first": torch.zeros(3, steps, dtype=torch.bool)}
+    states["is_first"][2, 5] = True
+    return states
+
+
+# ---- Feudal ---------------------------------------------------------------------------------
+
+
+def test_feudal_pays_the_mean_cosine_of_all_moves_since_the_goal_was_set():
+    agent = make(feudal.Agent, horizon=4, goal_duration=2)
+    deter = tensor([[0, 0], [3, 4], [3, 0], [3, 0], [4, 0]])[:, None]
+    goal = tensor([[1, 0], [1, 0], [0, 2], [0, 2], [5, 5]])[:, None]
+    reward = agent.reward_goal({"deter": deter, "goal": goal})
+    # 3 of 5 along x; then (0, -4) and (3, 0); no move at all; then (1, 0) and (1, 0), across.
+    close(reward, [[0.6], [(0 + 1) / 2], [0], [0]])
+    agent.config.feudal_reward = "dot"
+    close(agent.reward_goal({"deter": deter, "goal": goal}), [[3], [0], [0], [0]])
+
+
+def test_feudal_learns_unit_directions_of_pairs_within_an_episode():
+    agent = make(feudal.Agent, goal_duration=4)
+    states, losses = replayed(agent), []
+    close(agent.goals.decode(torch.randn(5, 64)).norm(dim=-1), np.ones(5))
+    agent.goals.optimizer.minimize = losses.append
+    agent.goals.loss = lambda move, weight: (losses.append((move, weight)) or (0, {}))
+    agent.train_goals(states)
+    move, weight = losses[0]
+    close(move.norm(dim=-1), np.ones(24))
+    way = states["deter"][1, 7] - states["deter"][1, 3]
+    close(move[8 + 3], way / way.norm())
+    assert weight.tolist() == [True] * 16 + [True] + [False] * 4 + [True] * 3
+
+
+def test_pairs_of_no_weight_do_not_train_the_goal_autoencoder(monkeypatch):
+    monkeypatch.setattr(director.OneHot, "rsample", lambda dist: dist.probs)
+    agent = make(feudal.Agent)
+    deter, params = torch.randn(6, 16), list(agent.goals.parameters())
+    weight = tensor([1, 1, 0, 1, 0, 0])
+    ours = torch.autograd.grad(agent.goals.loss(deter, weight)[0], params)
+    agent.goals.kl_adapt.scale.fill_(1.0)
+    expected = torch.autograd.grad(agent.goals.loss(deter[weight > 0])[0], params)
+    scale = 0.5 * agent.goals.kl_adapt.scale  # whichever way it went, KL is a small part
+    for x, y in zip(ours, expected, strict=True):
+        close(x, 0.5 * y, rtol=0.1, atol=0.1 * float(scale * y.abs().max()) + 1e-6)
+
+
+# ---- Continuous latent goals ----------------------------------------------------------------
+
+
+def test_higl_pays_the_squared_distance_of_codes_and_explores_far_from_the_replayed():
+    agent = make(higl.Agent, latent=2, horizon=8)
+    agent.goals.encode = lambda deter: deter[..., :2]
+    deter = tensor([[0, 0], [1, 2], [1, 1]])[:, None].expand(-1, 4, -1)
+    goal = tensor([[1, 0], [1, 0], [7, 7]])[:, None].expand(-1, 4, -1)
+    close(agent.reward_goal({"deter": deter, "goal": goal})[:, 0], [-4, -1])
+    agent.goals.memory.fill_(9.0)[5] = tensor([1, 5])
+    close(agent.reward_expl({"deter": deter})[:, 1], [3, 4])
+
+
+def test_higl_contrasts_each_pair_with_all_others():
+    agent = make(higl.Agent, latent=3, temperature=0.7)
+    now, later = torch.randn(2, 5, 3, requires_grad=True)
+    weight = tensor([1, 1, 0, 1, 1])
+    loss, metrics = agent.goals.info_nce(now, later, weight)
+    logits = -torch.cdist(now, later) ** 2 / 0.7
+    each = torch.nn.functional.cross_entropy(logits, torch.arange(5), reduction="none")
+    close(loss, (each * weight).sum().detach() / 5)
+    before = [(logits[i] > logits[i, i]).float().mean() for i in range(5)]
+    close(metrics["goal_rank"], (tensor(before) * weight).sum() / 5)
+    assert all(x.abs().sum() > 0 for x in torch.autograd.grad(loss, [now, later]))
+
+
+def test_higl_codes_of_a_walk_tell_how_far_apart_its_places_are():
+    """The tell-tale, in a second: a walk along a line that is embedded in 16 dimensions."""
+    agent = make(higl.Agent, goal_duration=2, learning_rate=3e-3, units=32)
+    gen = np.random.default_rng(0)
+    place = torch.as_tensor(np.abs((gen.integers(-1, 2, (16, 24)).cumsum(1) + 12) % 24 - 12))
+    looks = torch.randn(13, 16, generator=torch.manual_seed(0))  # of no place like its neighbour
+
+    def told() -> float:
+        with torch.no_grad():
+            far = torch.cdist(*2 * [agent.goals.encode(looks)])
+        moves = (torch.arange(13)[:, None] - torch.arange(13)).abs().float()
+        return float(torch.corrcoef(torch.stack([far.flatten(), moves.flatten()]))[0, 1])
+
+    before, states = told(), {"deter": looks[place], "is_first": torch.zeros(16, 24).bool()}
+    first = agent.train_goals(states)["goal_rank"]
+    for _ in range(150):
+        last = agent.train_goals(states)["goal_rank"]
+    assert told() > before + 0.3 and last < 0.8 * first, (before, told(), first, last)
+
+
+# ---- Skills ---------------------------------------------------------------------------------
+
+
+def test_diayn_pays_how_much_better_than_by_chance_a_skill_is_recognised():
+    agent = make(diayn.Agent, skills=4)
+    agent.goals.discriminator.forward = lambda deter: deter[..., :4].log()
+    deter = tensor([[1, 1, 1, 1], [0.7, 0.1, 0.1, 0.1], [0.25] * 4])[:, None]
+    goal = torch.eye(4)[[0, 1, 2]][:, None]
+    close(agent.reward_goal({"deter": deter, "goal": goal}),
+          [[math.log(0.7 * 4)], [math.log(0.25 * 4)]], atol=1e-6)
+
+
+def test_diayn_draws_skills_uniformly_until_a_manager_picks():
+    agent = make(diayn.Agent, skills=4)
+    agent.manager.actor.out.bias.data[:] = tensor([9, 0, 0, 0])  # it wants the first
+    deter, stoch = torch.randn(2, 2000, 16)
+    starts, batch = starts_at(deter, stoch), random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    uniform = 0.25 * np.ones(4)
+    assert agent.imagine(starts)["skill"][0].mean(0).numpy() == pytest.approx(uniform, abs=0.05)
+    assert agent.pick(starts).mean(0).numpy() == pytest.approx(uniform, abs=0.05)
+    before = agent.manager.actor.out.weight.detach().clone()
+    agent.train_step(batch)
+    assert torch.equal(agent.manager.actor.out.weight, before)
+    agent.config.skills_for = "task"
+    traj = agent.imagine(starts)
+    assert traj["skill"][0, :1000].mean(0).numpy() == pytest.approx(uniform, abs=0.07)
+    assert traj["skill"][0, 1000:, 0].mean() > 0.95 and agent.pick(starts)[:, 0].mean() > 0.95
+    view = agent.views(traj)["manager"]
+    assert torch.equal(view["action"], traj["skill"][::8, 1000:])
+    agent.train_step(batch)
+    assert not torch.equal(agent.manager.actor.out.weight, before)
+
+
+def test_skills_become_recognisable_in_a_fixed_world_model():
+    """The tell-tale, in seconds; without the worker's reward they stay what they were."""
+    found = []
+    for paid in (1, 0):
+        agent = make(diayn.Agent, skills=4, learning_rate=3e-3, horizon=8)
+        agent.world_model.rssm.inputs[0].weight.data[:, 16:] *= 3  # actions matter
+        for step in range(100):
+            traj = agent.imagine(starts_at(*torch.zeros(2, 64, 16)))
+            metrics = agent.train_imagined(traj)
+            view = agent.views(traj)["worker"]
+            agent.worker.learn({**view, "reward_goal": paid * view["reward_goal"]}, step % 10 == 0)
+        found.append(float(metrics["skill_right"]))
+        assert (metrics["goal_reward_last"] > metrics["goal_reward_other"] + 0.2) == paid
+    assert found[0] > 0.5 and found[1] < 0.4, found
+
+
+# ---- Disagreement ---------------------------------------------------------------------------
+
+
+def test_disagreement_is_the_variance_of_means_and_grows_where_nothing_was_seen():
+    agent = make(disagreement.Agent, members=3)
+    ensemble, x = agent.ensemble, torch.randn(7, 37)
+    means = torch.stack([member(x)[:, 0] for member in ensemble.members]).detach()
+    close(ensemble.disagreement(x), means.numpy().var(0, ddof=1).mean(-1))
+    sides = [torch.rand(256, 37) * side for side in (1, -1)]  # the tell-tale, in a second
+    target = sides[0][:, :16].sin()
+    for _ in range(200):
+        mean, std = ensemble(sides[0])
+        ensemble.optimizer.minimize((0.5 * ((mean - target) / std) ** 2 + std.log()).mean())
+    seen, unseen = (ensemble.disagreement(x).mean() for x in sides)
+    assert unseen > 2 * seen
+
+
+def test_the_ensemble_learns_the_next_state_from_state_and_action_by_likelihood():
+    agent = make(disagreement.Agent)
+    states = {**replayed(agent), "stoch": torch.randn(3, 12, 16), "action": torch.randn(3, 12, 5),
+              "is_terminal": torch.zeros(3, 12)}
+    loss = agent.train_goals(states)["ensemble_loss"]
+    agent = make(disagreement.Agent)
+    expected = 0.0
+    for member in agent.ensemble.members:
+        for b, t in itertools.product(range(3), range(11)):
+            if states["is_first"][b, t + 1]:
+                continue
+            x = torch.cat([states["deter"][b, t], states["stoch"][b, t], states["action"][b, t + 1]])
+            mean, std = member(x)
+            dist = torch.distributions.Normal(mean, std.exp().log1p() + 0.1)
+            log_prob = dist.log_prob(states["stoch"][b, t + 1]) + 0.5 * math.log(2 * math.pi)
+            expected -= log_prob.mean() / 33
+    close(loss, expected, rtol=1e-4)
+
+
+def test_only_the_flat_agent_is_led_by_the_gradient_of_disagreement():
+    for flat in (True, False):
+        agent = make(disagreement.Agent, CONTINUOUS, agent="dreamer" if flat else "director")
+        traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
+        assert traj["reward_expl"].requires_grad == flat
+        assert dict(agent.worker.rewards) == ({"extr": 1.0, "expl": 0.1} if flat else {"goal": 1.0})
+
+
+# ---- Search ---------------------------------------------------------------------------------
+
+
+def test_the_cross_entropy_method_finds_the_best_sequences():
+    torch.manual_seed(0)
+    wanted = torch.eye(4)[torch.tensor([[0, 3], [2, 1], [1, 1]])]  # [L, E, 4]
+
+    def right(moves):  # [L, E, candidates, 4]
+        return (moves * wanted[:, :, None]).sum((0, -1))
+
+    elite = search.cross_entropy(right, torch.zeros(3, 2, 4), True, 100, 5)
+    close(elite[:, :, 0], wanted)
+    target = tensor([[0.8, -0.3], [0.1, 0.6]])[..., None]  # [L, E, 1]
+
+    def near(moves):
+        return -(moves - target[:, :, None]).square().sum((0, -1))
+
+    best = [search.cross_entropy(near, torch.zeros(2, 2, 1), False, 200, n) for n in (1, 8)]
+    errors = [(x[:, :, 0] - target).abs().max() for x in best]
+    assert errors[1] < 0.05 and errors[1] < errors[0]
+
+
+def test_tree_search_agrees_with_trying_everything():
+    """Random rewards of all ways of four moves: a greedy first move is often wrong."""
+    gen, depth, trees = np.random.default_rng(0), 4, 12
+    rewards = gen.normal(size=(trees, *[3] * depth, depth)).cumsum(-1) * 0
+    for level in range(depth):  # the reward of move `level` depends on the moves until it
+        shape = (trees, *[3] * (level + 1), *[1] * (depth - level - 1))
+        rewards[..., level] = gen.normal(size=shape)
+    ways = (rewards * 0.9 ** np.arange(depth)).sum(-1).reshape(trees, 3, -1).max(-1)
+
+    def options(state):
+        return torch.eye(3).expand(trees, -1, -1), torch.full((trees, 3), 1 / 3)
+
+    def imagine(state, move):
+        way, count = state["deter"].clone(), state["stoch"][:, 0].long()
+        rows = torch.arange(trees)
+        done = count >= depth
+        way[rows, count.clamp(max=depth - 1)] = torch.where(done, way[:, -1], move.argmax(-1))
+        got = [0.0 if done[i] else rewards[(i, *way[i].long().tolist(), int(count[i]))]
+               for i in range(trees)]
+        return ({"deter": way, "stoch": state["stoch"] + 1}, torch.tensor(got),
+                torch.full((trees,), 0.9))
+
+    root = {"deter": torch.zeros(trees, depth), "stoch": torch.zeros(trees, 1)}
+    moves, visits = search.tree_search(
+        root, options, imagine, lambda state: torch.zeros(trees), simulations=600)
+    assert (visits.sum(1) == 600).all() and moves.shape == (trees, 3, 3)
+    greedy = rewards[..., 0].reshape(trees, 3, -1)[..., 0].argmax(1)
+    assert (visits.argmax(1).numpy() == ways.argmax(1)).sum() >= 11
+    assert (greedy != ways.argmax(1)).sum() >= 3
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_single_steps(flat):
+    agent = make(planner.Agent, agent="dreamer" if flat else "director", discount=0.8,
+                 planner="mcts", goal_duration=4, horizon=4)
+    agent.world_model.reward_head.forward = lambda feat: director.symlog(torch.ones(len(feat)))
+    agent.world_model.cont_head.forward = lambda feat: torch.full((len(feat),), math.log(9))  # 0.9
+    player = agent.worker if flat else agent.manager
+    player.critics["extr"].forward = lambda feat: director.symlog(torch.full((len(feat),), 3.0))
+    start = {"deter": torch.randn(2, 16), "stoch": torch.randn(2, 16)}
+    move, prior = agent.options(start)
+    assert move.shape == ((2, 5, 5) if flat else (2, 8, 64))
+    close(prior.sum(-1), np.ones(2))
+    state, reward, discount = agent.imagine_move(start, move[:, 0])
+    gamma, steps = (0.9 * 0.8, 1) if flat else (0.9 * 0.8**0.25, 4)
+    close(reward, np.full(2, sum(gamma**t for t in range(steps))))
+    close(discount, np.full(2, gamma**steps))
+    close(agent.value(state), np.full(2, 3.0 if flat else 12.0))
+
+
+@pytest.mark.parametrize("way", ["actions", "codes", "mcts"])
+def test_search_does_what_pays_in_the_model(way):
+    """The reward head is made to pay for the last action; the actors know nothing."""
+    torch.manual_seed(0)
+    agent = make(planner.Agent, planner=way, candidates=40, goal_duration=1, horizon=2,
+                 simulations=30, tried=16)
+    rssm = agent.world_model.rssm
+    feats = []
+
+    def img_step(deter, stoch, action):
+        feats.append(action)
+        return torch.nn.functional.pad(action, (0, 11)), stoch
+
+    rssm.img_step = img_step
+    agent.world_model.reward_head.forward = lambda feat: feat[:, 2]
+    actor = agent.worker.actor  # it obeys goals: the action is the goal's largest of five
+    actor.forward = functools.partial(lambda feat: 50 * feat[:, -16:-11])
+    code = agent.goals.decode.out.weight.data
+    code *= 30  # so that codes differ in what they ask for
+    obs = {"image": np.zeros((3, 64, 64, 3), np.uint8)}
+    action, _ = agent.policy(obs, mode="eval")
+    assert (action.argmax(-1) == 2).all()
+    agent.config.planner = "none"
+    found = torch.cat([agent.policy(obs, mode="eval")[0] for _ in range(5)]).argmax(-1)
+    assert (found != 2).any()
