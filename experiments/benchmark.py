@@ -78,8 +78,7 @@ def time_train_step(table: Table, agent: director.Director, arrays: dict) -> flo
         with director.autocast(agent.config):
             loss, states, _ = model.loss(batch)
         model.optimizer.minimize(loss)
-        states = {key: states[key].detach() for key in ("deter", "stoch")}
-        return states | {key: batch[key] for key in ("is_first", "is_terminal")}
+        return {**batch, **{key: value.detach() for key, value in states.items()}}
 
     def learn_behavior():
         with director.autocast(agent.config):

@@ -6,7 +6,8 @@ Each agent makes 900 gradient steps on a grid of 6 by 6 cells, all with the same
 and learning rates: a line of JSON for each, with the mean return of its last 24 episodes and its
 tell-tales, first and last. Where a line of --out has an agent and a seed, they are left out. With
 --planner, the agents of director.py are stopped after 100, 200 and 400 gradient steps, and play ten
-episodes each with their actor and with each way to search. On one core, a run takes about a minute.
+episodes each with their actor and with each way to search. With --time_steps, train steps of all take turns.
+On one core, a run takes about a minute.
 """
 
 import argparse
@@ -41,16 +42,27 @@ def unpaid(agent: type) -> type:
     return Unpaid
 
 
+def frozen(part: str) -> type:
+    """Director, of which a part never changes."""
+    class Frozen(director.Director):
+        def build(self, action):
+            super().build(action)
+            self.get_submodule(part).optimizer.minimize = lambda loss: loss.detach()
+    return Frozen
+
+
 AGENTS = {  # name: agent, flags
     "director": (director.Director, []),
     "director, worker unpaid": (unpaid(director.Director), []),
+    "director, manager frozen": (frozen("manager.actor"), []),
+    "director, model frozen": (frozen("world_model"), []),
     "flat": (director.Director, ["--agent=dreamer"]),
     "feudal": (feudal.Agent, []),
     "feudal, worker unpaid": (unpaid(feudal.Agent), []),
     "feudal, dot": (feudal.Agent, ["--feudal_reward=dot"]),
     "higl": (higl.Agent, []),
     "higl, worker unpaid": (unpaid(higl.Agent), []),
-    "higl, reconstruction": (higl.Agent, ["--higl_loss=reconstruction"]),
+    "higl, contrastive": (higl.Agent, ["--higl_loss=contrastive"]),
     "diayn": (diayn.Agent, []),
     "diayn, worker unpaid": (unpaid(diayn.Agent), []),
     "diayn for the task": (diayn.Agent, ["--skills_for=task"]),
@@ -68,8 +80,8 @@ def run(logdir: str, agent: type, flags: list[str]):
 
 
 def states(agent: director.Director, replay: director.Replay) -> dict[str, torch.Tensor]:
-    """Filtered states of 32 chunks of 32 steps, [B, T, ...], with the batch."""
-    batch = agent.tensors(replay.sample(32, 32))
+    """Filtered states of 8 chunks of 32 steps, [B, T, ...], with the batch."""
+    batch = agent.tensors(replay.sample(8, 32))
     with torch.no_grad():
         return {**batch, **agent.world_model.observe(batch)}
 
@@ -89,15 +101,29 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-def distances(agent: director.Director, replay: director.Replay) -> float:
-    """Rank correlation of distances between codes and numbers of moves between their cells."""
-    seen = states(agent, replay)
-    cells = seen["state"].flatten(0, 1).unflatten(-1, (2, 6)).argmax(-1).float()
-    with torch.no_grad():
-        codes = agent.goals.encode(seen["deter"].flatten(0, 1))
-    moves, far = torch.cdist(cells, cells, p=1), torch.cdist(codes, codes)
-    pairs = torch.ones_like(far).triu(1).bool()
-    return float(np.corrcoef(ranks(moves[pairs].numpy()), ranks(far[pairs].numpy()))[0, 1])
+def distances(agent: director.Director, replay: director.Replay) -> dict[str, float]:
+    """What distances between codes say, over 8 batches of 8x32.
+
+    moves: their rank correlation with numbers of moves between cells. same_cell: the mean of those
+    between visits to one cell, as a share of all. rank: share of states K steps after others that
+    are nearer to a state than its own successor is.
+    """
+    found, k = [], agent.config.goal_duration
+    for _ in range(8):
+        seen = states(agent, replay)
+        cells = seen["state"].unflatten(-1, (2, 6)).argmax(-1).float()
+        with torch.no_grad():
+            codes = agent.goals.encode(seen["deter"])
+        weight = same_episode(seen["is_first"], k).flatten()
+        ways = torch.cdist(codes[:, :-k].flatten(0, 1), codes[:, k:].flatten(0, 1))
+        rank = (ways < ways.diagonal()[:, None]).float().mean(-1)[weight].mean()
+        codes, cells = codes.flatten(0, 1), cells.flatten(0, 1)
+        moves, far = torch.cdist(cells, cells, p=1), torch.cdist(codes, codes)
+        pairs = torch.ones_like(far).triu(1).bool()
+        moves, far = moves[pairs].numpy(), far[pairs].numpy()
+        found.append((np.corrcoef(ranks(moves), ranks(far))[0, 1], far[moves == 0].mean() / far.mean(),
+                      float(rank)))
+    return dict(zip(("moves", "same_cell", "rank"), np.mean(found, 0).tolist(), strict=True))
 
 
 def ends(agent: director.Director, copies: int = 32, steps: int = 20) -> tuple[float, float]:
@@ -149,12 +175,14 @@ def half_world(target: str, seed: int) -> dict[str, float]:
     def look() -> list[float]:
         found = []
         for replay in replays:
-            seen = states(agent, replay)
-            known = torch.cat([seen["deter"][:, :-1], seen["stoch"][:, :-1],
-                               seen["action"][:, 1:]], -1)
-            with torch.no_grad():
-                new = agent.ensemble.disagreement(known)
-            found.append(float(new[same_episode(seen["is_first"], 1)].mean()))
+            means = []
+            for _ in range(8):
+                seen = states(agent, replay)
+                known = [seen["deter"][:, :-1], seen["stoch"][:, :-1], seen["action"][:, 1:]]
+                with torch.no_grad():
+                    new = agent.ensemble.disagreement(torch.cat(known, -1))
+                means.append(float(new[same_episode(seen["is_first"], 1)].mean()))
+            found.append(np.mean(means))
         return found
 
     untrained = look()
@@ -209,7 +237,34 @@ def planners(flat: bool, seed: int):
                        "seconds_per_action": (time.time() - start) / (10 * 60)}
 
 
-def main(seeds: list[int], only: list[str], out: str, planner: bool):
+def speed(rounds: int = 15):
+    """Milliseconds of a train step at xs, pixels, discrete and continuous; agents take turns."""
+    names = ["director", "feudal", "higl", "diayn", "disagreement", "flat", "disagreement, flat"]
+    rng, space = np.random.default_rng(0), director.spaces.Dict({"image": director.IMAGE})
+    for actions in (director.spaces.Discrete(5), director.spaces.Box(-1, 1, (6,), np.float32)):
+        size = int(actions.n) if isinstance(actions, director.spaces.Discrete) else 6
+        batch = {"image": rng.integers(0, 256, (8, 32, 64, 64, 3), np.uint8),
+                 "action": np.eye(size, dtype=np.float32)[rng.integers(size, size=(8, 32))],
+                 "reward": rng.normal(size=(8, 32)).astype(np.float32),
+                 **{f"is_{x}": np.zeros((8, 32), bool) for x in ("first", "last", "terminal")}}
+        agents = []
+        for name in names:
+            agent, flags = AGENTS[name]
+            config = agent.Config(size="xs", device="cpu", **director.parse_args(flags, agent.Config))
+            agents.append(agent(space, actions, config))
+        times = np.zeros((rounds, len(names)))
+        for i, (j, agent) in itertools.product(range(rounds), enumerate(agents)):
+            start = time.perf_counter()
+            agent.train_step(batch)
+            times[i, j] = time.perf_counter() - start
+        ratios = np.median(times[3:] / times[3:, :1], 0)
+        for row in zip(names, 1000 * np.median(times[3:], 0), ratios, strict=True):
+            print(f"{type(actions).__name__:9}", "{:20} {:7.1f} ms {:6.3f}".format(*row), flush=True)
+
+
+def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps: bool):
+    if time_steps:
+        return speed()
     path = pathlib.Path(out)
     done = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     for seed in seeds:
@@ -235,4 +290,5 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", default=[], help="some of: " + "; ".join(AGENTS))
     parser.add_argument("--out", default="relatives.jsonl")
     parser.add_argument("--planner", action="store_true", help="search, instead")
+    parser.add_argument("--time_steps", action="store_true", help="time train steps, instead")
     main(**vars(parser.parse_args()))

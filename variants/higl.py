@@ -4,16 +4,17 @@ An encoder E maps states s (`deter`) to a few numbers in (-1, 1), so that distan
 far apart in time states are. A goal z is a point in that space: the manager draws it from a
 Gaussian, and the worker is paid -|E(s[t+1]) - z|^2. Nothing has to be decoded, and near goals are
 near codes, which is not so for Director's. This is the goal space of goal-conditioned hierarchical
-agents (HIRO, Nachum et al., 2018; HIGL, Kim et al., 2021) with an encoder that learns as in
-Contrastive Predictive Coding (CPC; van den Oord et al., 2018).
+agents (HIRO, Nachum et al., 2018; HIGL, Kim et al., 2021).
 
-    python -m variants.higl --task pinpad_three [--higl_loss reconstruction]
+    python -m variants.higl --task pinpad_three [--higl_loss contrastive]
 
-What changes: `--higl_loss contrastive` (InfoNCE, CPC's eq. 4): of all states s_j[t+K] of the batch,
-the code of s_i[t] has to be nearest to that of its own successor, where nearness is
-sim(a, b) = -|a - b|^2 / temperature, the very distance that is paid. `reconstruction`: s[t+K] is
-predicted from E(s[t]), by squared error. The manager's action is z, by REINFORCE. Its exploration
-reward is the distance of E(s) to the nearest code of the last 1,024 replayed states.
+What changes: E learns on replay so that s[t+K] can be predicted from E(s[t]), by squared error, or
+with `contrastive` as in Contrastive Predictive Coding (InfoNCE, CPC's eq. 4; van den Oord et al.,
+2018): of all states s_j[t+K] of the batch, the code of s_i[t] has to be nearest to that of its own
+successor. Nearness is sim(a, b) = -|a - b|^2 / temperature, the very distance that is paid. This
+finds whatever tells trajectories apart; `deter` remembers, so that it sets two visits to a place
+apart, and distances say less about moves (see README.md). The manager's action is z, by REINFORCE.
+Its exploration reward is the distance of E(s) to the nearest code of the last 1,024 replayed ones.
 
 What is left out: CPC's recurrent context and its bilinear score, whose scale nothing ties to a
 distance. HIGL's landmarks (far-apart and new states, and a graph that plans over them) and its
@@ -64,9 +65,9 @@ class Codes(nn.Module):
 @dataclasses.dataclass
 class Config(director.Config):
     agent: str = director.option("director", "a flat agent has no goals", "director", fixed=True)
-    latent: int = director.option(8, "size of a goal", group="higl", fixed=True)
-    higl_loss: str = director.option("contrastive", "how the encoder learns", "contrastive",
-                                     "reconstruction", fixed=True)
+    latent: int = director.option(4, "size of a goal", group="higl", fixed=True)
+    higl_loss: str = director.option("reconstruction", "how the encoder learns", "reconstruction",
+                                     "contrastive", fixed=True)
     temperature: float = director.option(0.5, "of InfoNCE", low=1e-3)
 
     def __post_init__(self):
