@@ -283,8 +283,7 @@ class AutoAdapt(nn.Module):
 class Normalizer(nn.Module):
     """Divides by a running standard deviation ("std"), or standardises ("mean_std").
 
-    Exponential means of x and x^2 with bias correction, in float64, without gradient; the
-    deviation is at least 1 / limit.
+    Exponential means of x and x^2, bias-corrected, in float64, no gradient; deviation >= 1 / limit.
     """
 
     def __init__(self, impl: str, decay: float, limit: float):
@@ -421,9 +420,9 @@ class RSSM(nn.Module):
         self.initial_deter = nn.Parameter(torch.zeros(deter))
         self.inputs = nn.Sequential(*dense(stoch + action, hidden))
         self.gru = nn.Sequential(*dense(deter + hidden, 3 * deter)[:2])
-        self.prior_net = nn.Sequential(*dense(deter, hidden), glorot(nn.Linear(hidden, stoch)))
-        self.post_net = nn.Sequential(
-            *dense(deter + embed, hidden), glorot(nn.Linear(hidden, stoch)))
+        self.prior_net, self.post_net = (
+            nn.Sequential(*dense(size, hidden), glorot(nn.Linear(hidden, stoch)))
+            for size in (deter, deter + embed))
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
         """Logits [..., S, C] before the observation; stoch is for variants with levels in it."""
@@ -1294,17 +1293,15 @@ class Run:
         self.config, self.variant, self.logdir = config, agent_name(agent), folder_of(config, agent)
         self.path, self.replays = self.logdir / "checkpoint.pt", self.logdir / "replay"
         self.replay = agent.Replay(config.replay_size)
-        self.step = self.before = 0  # rows of all environments so far, and before the last ones
+        self.step = 0  # rows of all environments so far
         self.saved = self.drawn = self.reported = 0  # the step of the last time
-        self.metrics = []  # of the gradient steps since the last report
-        self.whole = True  # no gradient step is under way or has failed
+        self.metrics, self.whole = [], True  # of steps since the last report; none was cut short
         self.stops, self.handlers = [], {}  # signals that asked to stop; who handled them before
         self.start = self.since = time.time()  # of the run, without pauses; of the last report
         self.claim()
         if self.path.exists():
-            self.agent = load(self.logdir, agent, **dataclasses.asdict(config))
-            self.step = self.before = self.saved = self.agent.origin["step"]
-            self.drawn = self.reported = self.step
+            self.agent = load(self.path.parent, agent, **dataclasses.asdict(config))
+            self.step = self.saved = self.drawn = self.reported = self.agent.origin["step"]
             self.start -= self.agent.origin["seconds"]
         else:
             self.agent = agent(*shown, config)
@@ -1369,12 +1366,12 @@ class Run:
         self.stops.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    def seed(self) -> int:
+    def seed(self, *more: int) -> int:
         """Seed what is drawn, as a run that resumes here would; returns a seed for environments."""
-        seeds = np.random.SeedSequence([self.config.seed, self.step]).generate_state(3).tolist()
-        torch.manual_seed(seeds[0])
+        seeds = np.random.SeedSequence([self.config.seed, self.step, *more]).generate_state(3)
+        torch.manual_seed(int(seeds[0]))
         self.replay.rng = np.random.default_rng(seeds[1])
-        return seeds[2] // 2
+        return int(seeds[2]) // 2
 
     def save(self):
         """Write the episodes, then the checkpoint that lists them, if there is anything new."""
@@ -1390,11 +1387,14 @@ class Run:
             "agent": agent.state_dict(), "grad_steps": agent.grad_steps,
             "optimizers": {k: x.state_dict() for k, x in agent.optimizers.items()},
             "episodes": self.replay.save(self.replays)}, buffer)
-        write_file(self.path, buffer)
+        self.write(buffer)
         for name in before.keys() - self.replay.saved.keys():  # forgotten since the last time
             (self.replays / f"{name}.npz").unlink(missing_ok=True)
         self.saved = self.step
         self.seed()
+
+    def write(self, checkpoint: io.BytesIO):
+        write_file(self.path, checkpoint)
 
     def close(self):
         """Whatever has ended the loop: save, unless a gradient step was cut short or went wrong."""
@@ -1416,24 +1416,25 @@ class Run:
 
     def due(self, every: int) -> int:
         """How many multiples of `every` were reached with the last step of the environments."""
-        return self.step // every - self.before // every
+        return self.step // every - (self.step - self.config.envs) // every
 
     def record(self, driver: Driver):
         """Take in a step of all environments, and the episodes that ended with it."""
         self.replay.add(driver.rows)
-        self.before, self.step = self.step, self.step + len(driver.rows["reward"])
+        self.step += self.config.envs
         for env in np.flatnonzero(driver.rows["is_last"]):
             score, length = float(driver.score[env]), int(driver.length[env])
             self.log({"episode/score": score, "episode/length": length})
             self.say(f"step {self.step}: episode of {length} steps, return {score:.1f}")
             self.bar.set_postfix(last=score, grads=self.agent.grad_steps, refresh=False)
         with writing("the terminal"):
-            self.bar.update(self.step - self.before)
+            self.bar.update(self.config.envs)
 
     def means(self) -> dict[str, float]:
         """Of the metrics since the last report; FloatingPointError if one is not finite."""
-        means = {key: torch.stack([x[key] for x in self.metrics]).mean().item()
-                 for key in (self.metrics or [{}])[0]}
+        keys = list((self.metrics or [{}])[0])
+        means = average([torch.stack([x[key] for x in self.metrics]).mean() for key in keys])
+        means = {key: mean.item() for key, mean in zip(keys, means, strict=True)}
         for key, value in means.items():
             if not math.isfinite(value):
                 self.whole = False
@@ -1448,9 +1449,8 @@ class Run:
         self.log({**{f"train/{key}": value for key, value in means.items()},
                   "train/grad_steps": self.agent.grad_steps, "train/steps_per_second": rate,
                   "train/replay_steps": self.replay.steps})
-        losses = [f"  {key} {value:.3g}" for key, value in means.items() if key.endswith("loss")]
-        self.say(f"step {self.step}: {self.agent.grad_steps} gradient steps, {rate:.1f} steps/s"
-                 + "".join(losses))
+        loss = f", model loss {means['model_loss']:.4g}" if means else ""
+        self.say(f"step {self.step}: {self.agent.grad_steps} gradient steps, {rate:.1f} steps/s{loss}")
         self.metrics, self.since, self.reported = [], time.time(), self.step
 
     def log(self, metrics: dict[str, float]):
