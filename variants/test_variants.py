@@ -27,7 +27,7 @@ from test_director import (
     starts_at,
     tensor,
 )
-from variants import diayn, disagreement, feudal, higl, planner, same_episode, search
+from variants import diayn, disagreement, feudal, higl, parallel, planner, same_episode, search
 
 VARIANTS = [  # agent, flags
     (feudal.Agent, {}), (feudal.Agent, {"feudal_reward": "dot"}),
@@ -443,3 +443,63 @@ def test_search_does_what_pays_in_the_model(way):
     agent.config.planner = "none"
     found = torch.cat([agent.policy(obs, mode="eval")[0] for _ in range(5)]).argmax(-1)
     assert (found != 2).any()
+
+
+# ---- Several processes ----------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+HALVES = """
+import sys
+sys.path.insert(0, {here!r})
+import numpy as np, torch, director
+from variants import parallel, test_variants
+
+def steps(kind, parts):
+    agent = test_variants.make(director.Director, getattr(test_variants, kind))
+    batch = test_variants.random_batch(
+        np.random.default_rng(0), 4, 9, agent.discrete, agent.sizes["action"])
+    batch = {{key: x.astype(float) if x.dtype == np.float32 else x for key, x in batch.items()}}
+    part = {{key: np.split(x, parts)[parallel.RANK % parts] for key, x in batch.items()}}
+    for _ in range(5):
+        metrics = agent.train_step(part)
+    metrics.pop("goal_reward_other")  # other goals are exchanged
+    return torch.stack(director.average(list(metrics.values()))), agent.state_dict()
+
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+director.OneHot.rsample = lambda dist: dist.mode + (dist.probs - dist.probs.detach())
+director.BoundedNormal.rsample = lambda dist: dist.mean
+kinds = "DISCRETE", "CONTINUOUS"
+whole = [steps(kind, 1) for kind in kinds]
+torch.distributed.init_process_group()
+director.average = parallel.average
+halves = [steps(kind, 2) for kind in kinds]
+torch.save((whole, halves), f"{{parallel.RANK}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole(tmp_path):
+    (tmp_path / "halves.py").write_text(HALVES.format(here=str(HERE)))
+    subprocess.run([*TORCHRUN, "halves.py"], check=True, cwd=tmp_path)
+    for rank in range(2):
+        for whole, halves in zip(*torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            assert whole[0].dtype == torch.float64
+            np.testing.assert_allclose(halves[0], whole[0], rtol=1e-10)
+            for key, value in whole[1].items():
+                np.testing.assert_allclose(halves[1][key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, capsys):
+    flags = [*RUN, "--task=gym_Corridor-v0", "--envs=4", f"--logdir={tmp_path}", "--steps=700"]
+    go = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
+    run = [*TORCHRUN, "-m", "variants.parallel", *flags]
+    assert go([*run, "--steps=600"]).stdout.count("step 600: 63 grad") == 1  # rank 0 alone prints
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert [sum(episodes.values()) for episodes in saved["episodes"].values()] == [300, 300]
+    assert "Resumed at step 600" in go(run).stdout
+    assert director.main(flags, parallel.Agent) == 2
+    assert "with --ranks 2, not 1" in capsys.readouterr().err
+    monkeypatch.setattr(parallel, "RANKS", 2)
+    assert director.main([*flags, "--envs=3"], parallel.Agent) == 2
+    assert "--envs: not multiples of 2 processes" in capsys.readouterr().err

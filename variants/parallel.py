@@ -1,0 +1,120 @@
+"""Data parallelism: one run on several processes, GPUs or machines, with torch.distributed.
+
+    torchrun --nproc_per_node 2 -m variants.parallel --task pinpad_three
+
+The same flags are the same algorithm: `--batch_size`, `--envs` and `--replay_size` are those of all
+processes together, and steps count all their rows. Each plays its part of the environments into its
+own replay and learns on its part of a batch; gradients, means that adapters and normalisers follow,
+and metrics are averaged. What they draw follows from (seed, step, rank). Rank 0 prints and writes
+the checkpoint for all; the others log their episodes in `rank1` ... in its folder. A signal to any
+of them, or to torchrun, stops all after the same step, saved. An error in one, or its death, ends
+all without saving: the same command, with as many processes, goes on from the last checkpoint.
+
+On paper: 16 collectives in a train step, one of 8 bytes in a step of the environments. The paper's
+size has 189 MB of gradients: for two processes about 1 ms over NVLink, 15 ms over 100 Gb/s.
+"""
+
+import dataclasses
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+import director
+
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def average(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Means over processes, each in the memory layout of its tensor; one collective."""
+    flat = torch.cat([x.flatten() for x in tensors] or [torch.zeros(0)])
+    dist.all_reduce(flat)
+    means = (flat / RANKS).split([x.numel() for x in tensors])
+    return [torch.empty_like(x).copy_(y.view_as(x)) for x, y in zip(tensors, means, strict=True)]
+
+
+@dataclasses.dataclass
+class Config(director.Config):
+    ranks: int = director.option(1, "processes; torchrun sets it", group="parallel", fixed=True)
+
+
+class Replay(director.Replay):
+    """The part of one process; a checkpoint has names and lengths of all."""
+
+    def sample(self, batch_size: int, length: int) -> dict:
+        return super().sample(batch_size // RANKS or 1, length)
+
+    def save(self, folder) -> dict:
+        everyone = [None] * RANKS
+        dist.all_gather_object(everyone, super().save(folder))  # some 10 ms
+        return dict(enumerate(everyone))
+
+    def load(self, folder, lengths: dict, rows: dict):
+        super().load(folder, lengths[RANK], rows)
+
+
+class Run(director.Run):
+    """Agrees with the others when to stop."""
+
+    def claim(self):
+        if self.config.batch_size % RANKS or self.config.envs % RANKS:
+            raise director.UserError(f"--batch_size, --envs: not multiples of {RANKS} processes")
+        self.replay.capacity //= RANKS
+        if RANK:
+            self.logdir, self.config.track = self.logdir / f"rank{RANK}", False
+            self.replays = self.logdir / "replay"
+        super().claim()
+
+    def open(self):
+        super().open()
+        self.bar.close() if RANK else dist.barrier()  # now the others may begin
+
+    def seed(self) -> int:
+        return super().seed(*[RANK] * (RANK > 0))
+
+    def stop(self, number: int, frame):
+        self.stops.append(number)  # again and again: torchrun repeats what a terminal has sent
+
+    def goes_on(self) -> bool:
+        number = torch.tensor(max(self.stops, default=0))
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.stops += [int(number)] if number and not self.stops else []
+        return self.step < self.config.steps and not number
+
+    def write(self, checkpoint):
+        if RANK == 0:
+            super().write(checkpoint)
+        dist.barrier()  # nothing is deleted before it is there
+
+    def close(self):
+        self.whole = self.whole and not sys.exc_info()[0]
+        super().close()
+
+
+class Agent(director.Director):
+    Config, Replay, Run = Config, Replay, Run
+
+
+def main(argv: list[str]) -> int:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if RANKS == 1 else {}
+    dist.init_process_group(**alone)  # NCCL for tensors on a GPU, else gloo
+    director.average, envs = average, director.vector_envs
+    director.vector_envs = lambda config, amount: envs(config, amount // RANKS or 1)
+    try:
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            dist.barrier()  # rank 0 goes first; what is wrong with flags or folder, it says alone
+        code = director.main(argv if RANKS == 1 else [*argv, f"--ranks={RANKS}"], Agent)
+        dist.destroy_process_group()
+        return code
+    except RuntimeError as error:
+        if "gloo" in str(error) or isinstance(error, dist.DistError):
+            return 1  # another process has ended; torchrun says which
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
