@@ -145,7 +145,7 @@ def ends(agent: director.Director, copies: int = 32, steps: int = 20) -> tuple[f
     return float(entropy(counts.sum(0))), float(entropy(counts).mean())
 
 
-def half_world(target: str, seed: int) -> dict[str, float]:
+def half_world(name: str, seed: int) -> dict:
     """Disagreement on both halves of the grid of an agent that has seen only the one."""
     replays = []
     for side in range(2):
@@ -167,7 +167,7 @@ def half_world(target: str, seed: int) -> dict[str, float]:
                     env.cell, action = before, 0  # a wall, as if it had stayed
         replays.append(replay)
     config = disagreement.Config(**director.parse_args(
-        [*GRID, f"--disagreement_target={target}"], disagreement.Config))
+        [*GRID, f"--disagreement_target={name.split()[-1]}"], disagreement.Config))
     torch.manual_seed(seed)
     agent = disagreement.Agent(
         director.spaces.Dict({"state": director.spaces.Box(0, 1, (12,))}), Grid.action_space, config)
@@ -189,8 +189,8 @@ def half_world(target: str, seed: int) -> dict[str, float]:
     for _ in range(300):
         agent.train_step(replays[0].sample(8, 32))
     known, new = look()
-    return {"untrained_known": untrained[0], "untrained_new": untrained[1], "known": known,
-            "new": new}
+    return {"agent": name, "seed": seed, "untrained_known": untrained[0],
+            "untrained_new": untrained[1], "known": known, "new": new}
 
 
 def relative(name: str, seed: int) -> dict:
@@ -271,13 +271,10 @@ def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps:
         if planner:
             results = itertools.chain(planners(False, seed), planners(True, seed))
         else:
-            names = [x for x in AGENTS if not only or x in only or x.split(",")[0] in only]
+            halves = [f"half world, {target}" for target in ("stoch", "embed", "deter")]
+            names = [x for x in (*halves, *AGENTS) if not only or {x, x.split(",")[0]} & {*only}]
             names = [x for x in names if (x, seed) not in [(y["agent"], y["seed"]) for y in done]]
-            results = (relative(name, seed) for name in names)
-            if not only or "half world" in only:
-                halves = ({"agent": f"half world, {target}", "seed": seed,
-                           **half_world(target, seed)} for target in ("stoch", "embed", "deter"))
-                results = itertools.chain(halves, results)
+            results = (relative(x, seed) if x in AGENTS else half_world(x, seed) for x in names)
         for result in results:
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
