@@ -643,7 +643,8 @@ def test_director_learns_to_stay_in_the_far_corner_of_a_grid(tmp_path):
     scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
     last = [line for line in read_metrics(tmp_path) if "train/model_loss" in line][-1]
     assert np.mean(scores[-24:]) > 12, scores
-    assert last["train/goal_reached"] > 0.5  # below 0.25 without the worker's reward or the model
+    # Without the worker's reward below 0.45, and no more than with other goals.
+    assert last["train/goal_reward_last"] > max(0.5, last["train/goal_reward_other"])
     assert last["train/manager_ent"] < 0.8  # a manager that does not learn stays near 1
 
 

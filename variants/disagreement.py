@@ -46,7 +46,13 @@ class Ensemble(nn.Module):
 
     def disagreement(self, x: Tensor) -> Tensor:
         """Variance of the means over members, mean over dimensions: [..., F] -> [...]."""
-        return self(x)[0].var(0).mean(-1)
+        means = []
+        for member in self.members:  # without their deviations, half of the work
+            size = len(member.out.weight) // 2
+            mean = F.linear(member.hidden(x), member.out.weight[:size], member.out.bias[:size])
+            means.append(mean.float())
+        mean = sum(means) / len(means)  # Tensor.var(0) takes five times as long on a CPU
+        return sum((x - mean).square().mean(-1) for x in means) / (len(means) - 1)
 
 
 @dataclasses.dataclass
