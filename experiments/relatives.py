@@ -217,24 +217,30 @@ def relative(name: str, seed: int) -> dict:
     return result
 
 
-def planners(flat: bool, seed: int):
-    ways = [("none", []), ("shooting", ["--rounds=1"]), ("actions", []), ("mcts", [])]
-    ways += [] if flat else [("codes", [])]
-    flags = [f"--seed={seed}", "--log_every=100"] + ["--agent=dreamer"] * flat
+def planners(name: str, seed: int):
+    """Ten episodes with each way to search, of an agent after 100, 200 and 400 gradient steps."""
+    ways = {"none": [], "shooting": ["--rounds=1"], "actions": [], "mcts": [], "codes": []}
+    flags = AGENTS[name][1]
     with tempfile.TemporaryDirectory() as logdir:
         for updates in (100, 200, 400):
-            run(logdir, director.Director, [*flags, f"--steps={1000 + 8 * updates}"])
-            for way, more in ways:
-                given = director.parse_args(
-                    [f"--planner={'actions' if way == 'shooting' else way}", *more, "--eval=10",
-                     f"--seed={seed + 100}", f"--logdir={logdir}/run"], planner.Config)
-                config, start = director.load(f"{logdir}/run", planner.Agent, **given).config, 0
-                with open(f"{logdir}/out.txt", "a") as file, contextlib.redirect_stdout(file):
-                    start = time.time()
-                    scores = director.evaluate(config, planner.Agent)
-                yield {"agent": ("flat" if flat else "director") + f", planner {way}",
-                       "seed": seed, "updates": updates, "return": np.mean(scores),
-                       "seconds_per_action": (time.time() - start) / (10 * 60)}
+            run(logdir, director.Director, [*flags, f"--seed={seed}", "--log_every=100",
+                                            f"--steps={1000 + 8 * updates}"])
+            for way, more in ways.items():
+                if (name, way) == ("flat", "codes"):
+                    continue
+                planner_flag = f"--planner={'actions' if way == 'shooting' else way}"
+                agent = director.load(f"{logdir}/run", planner.Agent, **director.parse_args(
+                    [planner_flag, *more], planner.Config))
+                torch.manual_seed(seed)
+                for amount in (1, 10):  # the first for the time
+                    with director.vector_envs(agent.config, amount) as envs:
+                        driver, state, start = director.Driver(envs, seed), None, time.time()
+                        while not driver.rows["is_last"][0]:
+                            action, state = agent.policy(driver.rows, state, mode="eval")
+                            driver.step(action.numpy())
+                        seconds = seconds if amount > 1 else (time.time() - start) / 60
+                yield {"agent": f"{name}, {way}", "seed": seed, "updates": updates,
+                       "return": driver.score.mean(), "seconds_per_action": seconds}
 
 
 def speed(rounds: int = 15):
@@ -269,7 +275,7 @@ def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps:
     done = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     for seed in seeds:
         if planner:
-            results = itertools.chain(planners(False, seed), planners(True, seed))
+            results = itertools.chain(planners("director", seed), planners("flat", seed))
         else:
             halves = [f"half world, {target}" for target in ("stoch", "embed", "deter")]
             names = [x for x in (*halves, *AGENTS) if not only or {x, x.split(",")[0]} & {*only}]
