@@ -1519,7 +1519,7 @@ def train(config: Config, agent: type = Director) -> int:
             if run.saved:
                 run.replay.load(run.replays, run.agent.origin["episodes"], driver.rows)
             while run.goes_on():
-                run.record(driver)
+                run.record(driver)  # what the last actions led to
 
                 # Learn. An error in here leaves a state that is half of one step, half of the next.
                 run.whole = False

@@ -393,6 +393,15 @@ def test_goal_reward_belongs_to_the_goal_under_which_the_action_was_taken():
     close(traj["reward_goal"][8], director.max_cosine(traj["goal"][8], traj["deter"][9]))
 
 
+def test_goals_that_are_obeyed_show_in_the_last_reward_beside_that_with_other_goals():
+    agent = make_agent(DISCRETE)
+    traj = agent.imagine(starts_at(torch.randn(4, 16), torch.randn(4, 16)))
+    metrics = agent.train_imagined(traj)
+    for key, goals in (("last", [0, 1, 2, 3]), ("other", [2, 3, 0, 1])):
+        rewards = [director.max_cosine(traj["goal"][t, goals], traj["deter"][t + 1]) for t in (7, 15)]
+        close(metrics[f"goal_reward_{key}"], torch.stack(rewards).mean())
+
+
 def test_back_propagated_actor_gradient_matches_finite_differences(modes):
     agent = make_agent(CONTINUOUS, horizon=8, goal_duration=8)
     deter, stoch = torch.randn(6, 16), torch.zeros(6, 16)
