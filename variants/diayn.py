@@ -15,8 +15,8 @@ What changes: a goal is a skill, and reaching it is being recognised. Worker and
 in imagination. Skills are drawn anew every K steps, there and in the environment. With
 `--skills_for task`, from the start or in a run that goes on, a manager learns which skill serves
 the task, skills being options of K steps: it picks them in the environment and in one half of the
-imagined trajectories, from which it learns; in the other half they stay uniform, so that all of
-them stay what they are.
+imagined trajectories, from which it learns; in the other half they stay uniform, and from these
+the discriminator learns, so that p stays uniform.
 
 What is left out: the paper's skills last an episode and its agent is soft actor-critic; here they
 last K steps (a worker's value at their end is that of the skill going on), and the entropy is
@@ -69,13 +69,14 @@ class Agent(director.Director):
     def pick(self, state: dict[str, Tensor]) -> Tensor:
         skill = super().pick(state)
         drawn = director.OneHot(torch.zeros_like(skill)).rsample()
-        if self.config.skills_for == "diversity":
-            return drawn
-        return torch.where(state["uniform"], drawn, skill) if "uniform" in state else skill
+        if self.config.skills_for == "task":
+            return torch.where(state["uniform"], drawn, skill) if "uniform" in state else skill
+        return drawn
 
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         column = torch.arange(len(starts["deter"]), device=self.config.device)[:, None]
-        return super().imagine({**starts, "uniform": column < len(column) // 2})
+        half = len(column) // 2 if self.config.skills_for == "task" else len(column)
+        return super().imagine({**starts, "uniform": column < half})
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
         log_q = (self.goals(traj["deter"][1:]) * traj["goal"][:-1]).sum(-1)
@@ -92,10 +93,11 @@ class Agent(director.Director):
         return {}  # skills are recognised in imagination
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = super().train_imagined(traj)
-        skill = traj["skill"][:-1].detach()
+        metrics, half = super().train_imagined(traj), traj["cont"].shape[1] // 2
+        drawn = slice(half if self.config.skills_for == "task" else None)  # from the prior
+        skill, state = traj["skill"][:-1, drawn].detach(), traj["deter"][1:, drawn].detach()
         with director.autocast(self.config):
-            log_q = self.goals(traj["deter"][1:].detach())  # [H, N, skills]
+            log_q = self.goals(state)  # [H, N, skills]
         loss = -(log_q * skill).sum(-1).mean()
         right = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()  # by chance 1 / skills
         norm = self.goals.optimizer.minimize(loss)
