@@ -1402,7 +1402,7 @@ class Run:
             self.save()
             if self.stops and self.step == self.saved:
                 self.say(f"Stopped and saved at step {self.step}; the same command resumes.")
-            elif sys.exc_info()[0] and self.step == self.saved:
+            elif sys.exc_info()[0] and self.step == self.saved > 0:
                 print(f"Saved at step {self.step}; the same command resumes.", file=sys.stderr)
         finally:
             for number, handler in self.handlers.items():

@@ -22,7 +22,7 @@ def same_episode(is_first: Tensor, k: int) -> Tensor:
 class Grid(gymnasium.Env):
     """Six by six cells, from one corner to the opposite one, whose nine cells pay 1 per step.
 
-    Actions stay, down, up, right, left; at best 54 in 60 steps; random actions get about 6.
+    Actions stay, down, up, right, left; at best 55 in 60 steps; random actions get about 7.4.
     """
 
     observation_space, action_space = spaces.Box(0, 1, (12,), np.float32), spaces.Discrete(5)
@@ -41,7 +41,7 @@ class Grid(gymnasium.Env):
 
 
 class Corridor(gymnasium.Env):
-    """Eight cells; actions stay, left, right; 1 per step at the far end; at best 43 in 50 steps."""
+    """Eight cells; actions stay, left, right; 1 per step at the far end; at best 44 in 50 steps."""
 
     observation_space, action_space = spaces.Box(0, 1, (8,), np.float32), spaces.Discrete(3)
 

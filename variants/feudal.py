@@ -9,19 +9,20 @@ states, and is never used up by being reached.
 
 What changes: the goal autoencoder learns the unit directions (s[t+K] - s[t]) / |s[t+K] - s[t]| of
 replay, s being `deter`, instead of states, and decodes codes to unit directions g. With j the steps
-since the goal was set, the worker is paid FuN's intrinsic reward (its eq. 8),
+since the goal was set, the worker is paid, after FuN's eq. 8,
 
     1/j sum over i = 1..j of cos(s[t+1] - s[t+1-i], g),
 
-(the last step alone, i = 1, pays jitter), or g . (s[t+1] - s[t]), which adds up to the way made
+(the last step alone, i = 1, would pay jitter), or g . (s[t+1] - s[t]), which adds up to the way made
 along g (Feudal RL's reward for obeying, as an inner product). The manager's exploration reward is
 the autoencoder's error on the direction in which the state has moved while the goal lasted.
 
 What is left out: FuN's transition policy gradient, by which the manager's goals are moved towards
 the directions that turned out well (its eq. 7): here, as in Director, the manager chooses among
 discrete codes by REINFORCE. FuN's goals are pooled over the last c steps and embedded by a linear
-map; ours last for K steps, and the worker sees them as they are. FuN's recurrent worker remembers
-where its goal was set; ours sees the present state and the goal only.
+map, and there is one for each of the c moves of eq. 8; ours last for K steps, and the worker sees
+them as they are. FuN's recurrent worker remembers where its goal was set, and is paid by the task,
+too; ours sees the present state and the goal only, and is not (see `--worker_extr`).
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_length <= self.goal_duration:
+        if self.agent == "director" and self.batch_length <= self.goal_duration:
             raise director.UserError("--batch_length: has to be more than --goal_duration")
 
 

@@ -3,8 +3,8 @@
 An encoder E maps states s (`deter`) to a few numbers in (-1, 1), so that distances there tell how
 far apart in time states are. A goal z is a point in that space: the manager draws it from a
 Gaussian, and the worker is paid -|E(s[t+1]) - z|^2. Nothing has to be decoded, and near goals are
-near codes, which is not so for Director's. This is the goal space of goal-conditioned hierarchical
-agents (HIRO, Nachum et al., 2018; HIGL, Kim et al., 2021).
+near codes, which is not so for Director's. Goal-conditioned hierarchies such as HIRO (Nachum et al.,
+2018) and HIGL (Kim et al., 2021) point at places in spaces that are given; here it is learned.
 
     python -m variants.higl --task pinpad_three [--higl_loss contrastive]
 
@@ -49,6 +49,7 @@ class Codes(nn.Module):
     def decode(self, skill: Tensor) -> Tensor:
         return skill
 
+    @torch.no_grad()
     def novelty(self, deter: Tensor) -> Tensor:
         """Distance of codes to the nearest one in memory, [..., D] -> [...]."""
         code = self.encode(deter)
@@ -102,7 +103,7 @@ class Agent(director.Director):
         return -(self.goals.encode(traj["deter"][1:]) - traj["goal"][:-1]).square().sum(-1)
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
-        return self.goals.novelty(traj["deter"][1:].detach())
+        return self.goals.novelty(traj["deter"][1:])
 
     def picture_goal(self, goal: Tensor):
         """A point of a learned space looks like nothing."""

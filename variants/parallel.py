@@ -3,18 +3,16 @@
     torchrun --nproc_per_node 2 -m variants.parallel --task pinpad_three
 
 The same flags are the same algorithm: `--batch_size`, `--envs` and `--replay_size` are those of all
-processes together, and steps count all their rows. Each plays its part of the environments into its
-own replay and learns on its part of a batch; gradients, means that adapters and normalisers follow,
-and metrics are averaged. What they draw follows from (seed, step, rank). Rank 0 prints and writes
-the checkpoint for all; the others log their episodes in `rank1` ... in its folder. A signal to any
-of them, or to torchrun, stops all after the same step, saved. An error in one, or its death, ends
-all without saving: the same command, with as many processes, goes on from the last checkpoint.
-
-On paper: 16 collectives in a train step, one of 8 bytes in a step of the environments. The paper's
-size has 189 MB of gradients: for two processes about 1 ms over NVLink, 15 ms over 100 Gb/s.
+processes together, and steps count all their rows. Each plays its environments into its own replay
+and learns on its part of a batch; gradients, means of adapters and normalisers, and metrics are
+averaged. What is drawn follows from (seed, step, rank). Rank 0 prints and writes the checkpoint for
+all, the others log in `rank1` ... in its folder, which all have to share. A signal to any of them,
+or to torchrun, stops all after the same step, saved. An error in one, or its death, ends all without
+saving: the same command goes on from the last checkpoint. On paper: 16 collectives in a train step,
+one of 24 bytes in a step of the environments; 189 MB of gradients at the paper's size, between two
+processes about 1 ms over NVLink, 15 ms over 100 Gb/s Ethernet.
 """
 
-import dataclasses
 import os
 import sys
 
@@ -32,11 +30,6 @@ def average(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     dist.all_reduce(flat)
     means = (flat / RANKS).split([x.numel() for x in tensors])
     return [torch.empty_like(x).copy_(y.view_as(x)) for x, y in zip(tensors, means, strict=True)]
-
-
-@dataclasses.dataclass
-class Config(director.Config):
-    ranks: int = director.option(1, "processes; torchrun sets it", group="parallel", fixed=True)
 
 
 class Replay(director.Replay):
@@ -67,6 +60,9 @@ class Run(director.Run):
         super().claim()
 
     def open(self):
+        before = len(self.agent.origin["episodes"]) if self.saved else RANKS
+        if before != RANKS:
+            raise director.UserError(f"{self.path}: is of {before} processes, not {RANKS}")
         super().open()
         self.bar.close() if RANK else dist.barrier()  # now the others may begin
 
@@ -77,9 +73,12 @@ class Run(director.Run):
         self.stops.append(number)  # again and again: torchrun repeats what a terminal has sent
 
     def goes_on(self) -> bool:
-        number = torch.tensor(max(self.stops, default=0))
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.stops += [int(number)] if number and not self.stops else []
+        told = torch.tensor([max(self.stops, default=0), self.step, -self.step])
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        number, most, least = told.tolist()
+        if most != -least:
+            raise director.UserError("processes at different steps: they have to share --logdir")
+        self.stops += [number] if number and not self.stops else []
         return self.step < self.config.steps and not number
 
     def write(self, checkpoint):
@@ -93,12 +92,12 @@ class Run(director.Run):
 
 
 class Agent(director.Director):
-    Config, Replay, Run = Config, Replay, Run
+    Replay, Run = Replay, Run
 
 
 def main(argv: list[str]) -> int:
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if RANKS == 1 else {}
     dist.init_process_group(**alone)  # NCCL for tensors on a GPU, else gloo
     director.average, envs = average, director.vector_envs
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> int:
         if RANK:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             dist.barrier()  # rank 0 goes first; what is wrong with flags or folder, it says alone
-        code = director.main(argv if RANKS == 1 else [*argv, f"--ranks={RANKS}"], Agent)
+        code = director.main(argv, Agent)
         dist.destroy_process_group()
         return code
     except RuntimeError as error:

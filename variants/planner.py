@@ -1,7 +1,7 @@
-"""Planning: an agent that has learned acts by search in its world model, not by its actor alone.
+"""Planning: an agent that has learned acts by search in its world model.
 
-    python -m variants.planner --logdir RUN --eval 10 --planner mcts      RUN: of director.py, say
-    python -m variants.planner --task pinpad_three --planner codes        search in training, too
+    python -m variants.planner --logdir RUN --eval 10 --planner mcts      RUN: of director.py, too
+    python -m variants.planner --task pinpad_three --planner codes        search in training
 
 `--planner actions` looks for a sequence of primitive actions by the cross-entropy method (CEM; PETS,
 Chua et al., 2018; PlaNet, Hafner et al., 2019), with `--rounds 1` by random shooting. `codes` looks
@@ -10,12 +10,12 @@ for a sequence of the manager's codes, on which the worker acts. `mcts` is MuZer
 are too many, each node tries a few from the actor, as in Sampled MuZero (Hubert et al., 2021).
 
 What changes: how moves are chosen outside imagination. Networks and learning are Director's, whose
-checkpoints load. The first move of the best sequence is made, then the search starts anew; codes
-last for K steps, and sequences are H / K of them. Imagined ways are scored by predicted rewards,
-discounted by the predicted continuation, and by the critic's value of where they end. The manager's
-values are means over K steps, discounted once in K: so a step is discounted by the K-th root, and
-they count K times. Left out: chance nodes (a child is one sample of the stochastic state), noise at
-the root, MuZero's learning from its searches. In training, too, the best move found is made.
+checkpoints load (a run trained on here is the planner's from then on). The first move of the best
+imagined sequence is made (in PETS and PlaNet the mean one), then the search starts anew; codes last
+for K steps, sequences are H / K of them. Imagined ways are scored by predicted rewards, discounted
+by the predicted continuation, and the critic's value of their end. The manager's values are means
+over K steps, discounted once in K: so a step is discounted by the K-th root, and they count K times.
+Left out: chance nodes (a child is one sample), noise at the root, learning from searches.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ class Agent(director.Director):
         return value * (self.config.goal_duration if self.manager else 1)
 
     def options(self, state: dict) -> tuple[Tensor, Tensor]:
-        """All moves where they are few, else some that the actor draws: [E, M, ...], prior [E, M]."""
+        """A flat agent's discrete actions, else moves that the actor draws: [E, M, ...], prior."""
         player = self.manager or self.worker
         dist = player.dist(player.feat(state))
         if self.discrete and not self.manager:

@@ -39,7 +39,8 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
     PUCT (Schrittwieser et al., 2020, Appendix B): from the root, the move is followed that has the
     largest Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move), P being its prior and Q
     the mean of what was found behind it, min-max normalised over the tree (0 where nothing was),
-    until a move has no node yet. That is imagined, its value is asked for, and reward and value go
+    until a move has no node yet. (MuZero's 1.25 grows with log visits, by 0.003 in 50 simulations, and
+    its least and most are of Q.) That is imagined, its value is asked for, and reward and value go
     back up the way. Every simulation adds one node to every tree.
 
     options(state): moves to try, [E, M, ...], and their prior [E, M]. imagine(state, move): the

@@ -1,12 +1,17 @@
 """What a user of the variants can rely on: mechanisms and formulas; returns are in experiments/."""
 
+import contextlib
 import functools
 import importlib.util
 import itertools
 import json
 import math
+import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 import zlib
 
 import gymnasium
@@ -94,15 +99,16 @@ def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, f
 @pytest.mark.parametrize(("agent", "flags"), VARIANTS[::3], ids=name)
 def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
-           "--video_every=100", f"--logdir={tmp_path}", *(f"--{key}={value}" for key, value in flags.items())]
-    for steps in (150, 300):
+           "--video_every=50", f"--logdir={tmp_path}", *(f"--{key}={value}" for key, value in flags.items())]
+    for steps in (250, 300):
         assert director.main([*run, f"--steps={steps}"], agent) == 0
     assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 25
     assert director.main([f"--logdir={tmp_path}", "--eval=1"], agent) == 0
     assert len(json.loads((tmp_path / "eval.json").read_text())["scores"]) == 1
-    names = {path.stem.split("-")[1] for path in (tmp_path / "pictures").iterdir()}
-    pictured = agent is planner.Agent or agent is disagreement.Agent
-    assert {"episode", "openloop"} <= names and ("worker" in names) <= pictured
+    pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
+    assert len({step for step, _ in pictures}) > 1  # while it trained, too
+    goals = {"worker"} if agent in (planner.Agent, disagreement.Agent) else set()
+    assert {name for _, name in pictures} == {"episode", "openloop"} | goals
 
 
 def test_a_variant_runs_as_a_program_that_a_signal_stops_and_the_same_command_resumes(tmp_path):
@@ -196,15 +202,21 @@ def test_feudal_learns_unit_directions_of_pairs_within_an_episode():
 
 def test_pairs_of_no_weight_do_not_train_the_goal_autoencoder(monkeypatch):
     monkeypatch.setattr(director.OneHot, "rsample", lambda dist: dist.probs)
-    agent = make(feudal.Agent)
-    deter, params = torch.randn(6, 16), list(agent.goals.parameters())
-    weight = tensor([1, 1, 0, 1, 0, 0])
-    ours = torch.autograd.grad(agent.goals.loss(deter, weight)[0], params)
-    agent.goals.kl_adapt.scale.fill_(1.0)
-    expected = torch.autograd.grad(agent.goals.loss(deter[weight > 0])[0], params)
-    scale = 0.5 * agent.goals.kl_adapt.scale  # whichever way it went, KL is a small part
-    for x, y in zip(ours, expected, strict=True):
-        close(x, 0.5 * y, rtol=0.1, atol=0.1 * float(scale * y.abs().max()) + 1e-6)
+    agent, gradients = make(feudal.Agent), []
+    deter, weight = torch.randn(6, 16), tensor([1, 1, 0, 1, 0, 0])
+    for other in (deter, torch.where(weight[:, None] > 0, deter, 5.0), deter + 1):
+        agent.goals.kl_adapt.scale.fill_(1.0)
+        loss = agent.goals.loss(other, weight)[0]
+        gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(
+            loss, list(agent.goals.parameters()))]))
+    assert torch.equal(gradients[0], gradients[1]) and not torch.equal(*gradients[1:])
+
+
+def test_feudal_explores_directions_that_are_new_over_a_whole_goal():
+    agent = make(feudal.Agent, horizon=4, goal_duration=2)
+    agent.goals.novelty = lambda way: way[..., 0]
+    deter = tensor([[0, 0], [9, 9], [3, 4], [9, 9], [3, 9]])[:, None]
+    close(agent.reward_expl({"deter": deter}), [[0.6], [0.6], [0], [0]])
 
 
 # ---- Continuous latent goals ----------------------------------------------------------------
@@ -218,6 +230,29 @@ def test_higl_pays_the_squared_distance_of_codes_and_explores_far_from_the_repla
     close(agent.reward_goal({"deter": deter, "goal": goal})[:, 0], [-4, -1])
     agent.goals.memory.fill_(9.0)[5] = tensor([1, 5])
     close(agent.reward_expl({"deter": deter})[:, 1], [3, 4])
+
+
+@pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
+def test_higl_learns_from_pairs_within_an_episode_and_remembers_the_newest_codes(loss):
+    agent = make(higl.Agent, latent=2, higl_loss=loss, goal_duration=4)
+    states, goals, losses = replayed(agent), agent.goals, []
+    goals.memory.copy_(torch.arange(2048.0).view(1024, 2))
+    goals.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.train_goals(states)
+    with torch.no_grad():
+        codes = goals.encode(states["deter"])
+        pairs = [(b, t) for b in range(3) for t in range(8)]
+        now, later = (torch.stack([codes[b, t + k] for b, t in pairs]) for k in (0, 4))
+        if loss == "reconstruction":
+            after = torch.stack([states["deter"][b, t + 4] for b, t in pairs])
+            errors = (goals.predictor(now) - after).square().sum(-1)
+        else:
+            errors = torch.nn.functional.cross_entropy(
+                -torch.cdist(now, later) ** 2 / 0.5, torch.arange(24), reduction="none")
+    errors = [float(x) for x, (b, t) in zip(errors, pairs, strict=True) if b < 2 or t < 1 or t > 4]
+    close(losses[0], sum(errors) / 24, rtol=1e-4)
+    close(goals.memory[:36], codes.flatten(0, 1))
+    close(goals.memory[36:38], [[0, 1], [2, 3]])
 
 
 def test_higl_contrasts_each_pair_with_all_others():
@@ -266,6 +301,18 @@ def test_diayn_pays_how_much_better_than_by_chance_a_skill_is_recognised():
     goal = torch.eye(4)[[0, 1, 2]][:, None]
     close(agent.reward_goal({"deter": deter, "goal": goal}),
           [[math.log(0.7 * 4)], [math.log(0.25 * 4)]], atol=1e-6)
+
+
+def test_the_discriminator_learns_which_skill_led_to_a_state_of_those_drawn_from_the_prior():
+    agent, losses = make(diayn.Agent, skills=4, horizon=8), []
+    agent.goals.discriminator.forward = lambda deter: deter[..., :4]
+    agent.goals.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    for agent.config.skills_for, columns in (("diversity", 6), ("task", 3)):
+        metrics = agent.train_imagined(traj)
+        logits, skill = traj["deter"][1:, :columns, :4], traj["skill"][:-1, :columns].argmax(-1)
+        close(losses[-1], torch.nn.functional.cross_entropy(logits.flatten(0, 1), skill.flatten()))
+        close(metrics["skill_right"], (logits.argmax(-1) == skill).float().mean())
 
 
 def test_diayn_draws_skills_uniformly_until_a_manager_picks():
@@ -341,6 +388,14 @@ def test_the_ensemble_learns_the_next_state_from_state_and_action_by_likelihood(
     close(loss, expected, rtol=1e-4)
 
 
+def test_disagreement_is_about_the_action_that_leads_to_the_state():
+    agent = make(disagreement.Agent)
+    agent.ensemble.disagreement = lambda x: x[..., 0] + 10 * x[..., 16] + 100 * x[..., 32]
+    traj = agent.imagine(starts_at(*torch.randn(2, 3, 16)))
+    expected = traj["deter"][:, :, 0] + 10 * traj["stoch"][:, :, 0] + 100 * traj["action"][:, :, 0]
+    close(traj["reward_expl"], expected[:-1])
+
+
 def test_only_the_flat_agent_is_led_by_the_gradient_of_disagreement():
     for flat in (True, False):
         agent = make(disagreement.Agent, CONTINUOUS, agent="dreamer" if flat else "director")
@@ -350,6 +405,20 @@ def test_only_the_flat_agent_is_led_by_the_gradient_of_disagreement():
 
 
 # ---- Search ---------------------------------------------------------------------------------
+
+
+def test_tree_search_tries_first_what_the_prior_prefers():
+    def options(state):
+        return torch.eye(3).expand(2, -1, -1), tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])
+
+    def imagine(state, move):
+        return state, torch.zeros(2), torch.ones(2)
+
+    root = {"deter": torch.zeros(2, 1), "stoch": torch.zeros(2, 1)}
+    visits = [search.tree_search(root, options, imagine, lambda state: torch.zeros(2), n)[1]
+              for n in (1, 50)]
+    assert visits[0].tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert visits[1].argsort(1).tolist() == [[0, 2, 1], [1, 2, 0]]
 
 
 def test_the_cross_entropy_method_finds_the_best_sequences():
@@ -374,10 +443,10 @@ def test_the_cross_entropy_method_finds_the_best_sequences():
 def test_tree_search_agrees_with_trying_everything():
     """Random rewards of all ways of four moves: a greedy first move is often wrong."""
     gen, depth, trees = np.random.default_rng(0), 4, 12
-    rewards = gen.normal(size=(trees, *[3] * depth, depth)).cumsum(-1) * 0
+    rewards, scale = np.zeros((trees, *[3] * depth, depth)), 10.0 ** np.arange(-6, 6)
     for level in range(depth):  # the reward of move `level` depends on the moves until it
         shape = (trees, *[3] * (level + 1), *[1] * (depth - level - 1))
-        rewards[..., level] = gen.normal(size=shape)
+        rewards[..., level] = gen.normal(size=shape) * scale.reshape(-1, *[1] * depth)
     ways = (rewards * 0.9 ** np.arange(depth)).sum(-1).reshape(trees, 3, -1).max(-1)
 
     def options(state):
@@ -421,23 +490,44 @@ def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_sing
     close(agent.value(state), np.full(2, 3.0 if flat else 12.0))
 
 
+def test_sequences_are_scored_by_discounted_rewards_and_the_value_of_their_end(monkeypatch):
+    agent, scores = make(planner.Agent, candidates=20, plan_length=3), []
+
+    def imagine_move(state, move):  # pays the move's first number; then half is left
+        return {**state, "deter": state["deter"] + 1}, move[:, 0], torch.full((40,), 0.5)
+
+    def cross_entropy(score, start, *args):
+        assert start.shape == (3, 2, 5)
+        scores.append(score(torch.arange(600.0).view(3, 2, 20, 5)))
+        return torch.zeros(3, 2, 2, 5)
+
+    agent.imagine_move, agent.value = imagine_move, lambda state: 1000 * state["deter"][:, 0]
+    monkeypatch.setattr(planner, "cross_entropy", cross_entropy)
+    agent.search({"deter": torch.zeros(2, 16), "stoch": torch.zeros(2, 16)})
+    first = torch.arange(0.0, 200.0, 5.0).view(2, 20)  # later ones are 200 and 400 more
+    close(scores[0], first + (first + 200) / 2 + (first + 400) / 4 + 3000 / 8)
+
+
+def test_codes_are_searched_for_where_the_agent_acts_and_not_where_it_imagines():
+    agent, calls = make(planner.Agent, planner="codes"), []
+    agent.search = lambda state: calls.append(1) or torch.zeros(len(state["deter"]), 64)
+    agent.imagine(starts_at(*torch.randn(2, 4, 16)))
+    assert not calls
+    agent.policy({"image": np.zeros((3, 64, 64, 3), np.uint8)})
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("way", ["actions", "codes", "mcts"])
 def test_search_does_what_pays_in_the_model(way):
     """The reward head is made to pay for the last action; the actors know nothing."""
     torch.manual_seed(0)
     agent = make(planner.Agent, planner=way, candidates=40, goal_duration=1, horizon=2,
                  simulations=30, tried=16)
-    rssm = agent.world_model.rssm
-    feats = []
-
-    def img_step(deter, stoch, action):
-        feats.append(action)
-        return torch.nn.functional.pad(action, (0, 11)), stoch
-
-    rssm.img_step = img_step
+    agent.world_model.rssm.img_step = lambda deter, stoch, action: (
+        torch.nn.functional.pad(action, (0, 11)), stoch)
     agent.world_model.reward_head.forward = lambda feat: feat[:, 2]
-    actor = agent.worker.actor  # it obeys goals: the action is the goal's largest of five
-    actor.forward = functools.partial(lambda feat: 50 * feat[:, -16:-11])
+    # The worker obeys goals: it takes the largest of their first five numbers.
+    agent.worker.actor.forward = lambda feat: 50 * feat[:, -16:-11]
     code = agent.goals.decode.out.weight.data
     code *= 30  # so that codes differ in what they ask for
     obs = {"image": np.zeros((3, 64, 64, 3), np.uint8)}
@@ -500,9 +590,22 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, c
     assert go([*run, "--steps=600"]).stdout.count("step 600: 63 grad") == 1  # rank 0 alone prints
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert [sum(episodes.values()) for episodes in saved["episodes"].values()] == [300, 300]
-    assert "Resumed at step 600" in go(run).stdout
+    # A signal to one of them stops both, after the same step.
+    with subprocess.Popen([*run, "--steps=9000"], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL) as process:
+        assert any("Resumed at step 600" in line for line in process.stdout)
+        time.sleep(1)
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (bytes(tmp_path) in (folder / "cmdline").read_bytes()
+                        and b"\0RANK=1\0" in (folder / "environ").read_bytes()):
+                    os.kill(int(folder.name), signal.SIGTERM)
+        rest = process.stdout.read()
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert f"Stopped and saved at step {saved['step']}; the same" in rest
+    assert [sum(x.values()) for x in saved["episodes"].values()] == [saved["step"] // 2] * 2
     assert director.main(flags, parallel.Agent) == 2
-    assert "with --ranks 2, not 1" in capsys.readouterr().err
+    assert "is of 2 processes, not 1" in capsys.readouterr().err
     monkeypatch.setattr(parallel, "RANKS", 2)
     assert director.main([*flags, "--envs=3"], parallel.Agent) == 2
     assert "--envs: not multiples of 2 processes" in capsys.readouterr().err
