@@ -929,7 +929,7 @@ class Director(nn.Module):
 # ---- Replay ---------------------------------------------------------------------------------
 
 class Replay:
-    """Episodes in memory as they were observed, 12 KB a step with pixels; the oldest ones go first."""
+    """Episodes in memory as they were observed, 12 KB a step with pixels; the oldest go first."""
 
     def __init__(self, capacity: int, seed: int = 0):
         self.capacity, self.rng = capacity, np.random.default_rng(seed)
@@ -1449,8 +1449,8 @@ class Run:
         self.log({**{f"train/{key}": value for key, value in means.items()},
                   "train/grad_steps": self.agent.grad_steps, "train/steps_per_second": rate,
                   "train/replay_steps": self.replay.steps})
-        loss = f", model loss {means['model_loss']:.4g}" if means else ""
-        self.say(f"step {self.step}: {self.agent.grad_steps} gradient steps, {rate:.1f} steps/s{loss}")
+        text = f"step {self.step}: {self.agent.grad_steps} gradient steps, {rate:.1f} steps/s"
+        self.say(text + (f", model loss {means['model_loss']:.4g}" if means else ""))
         self.metrics, self.since, self.reported = [], time.time(), self.step
 
     def log(self, metrics: dict[str, float]):

@@ -398,7 +398,8 @@ def test_goals_that_are_obeyed_show_in_the_last_reward_beside_that_with_other_go
     traj = agent.imagine(starts_at(torch.randn(4, 16), torch.randn(4, 16)))
     metrics = agent.train_imagined(traj)
     for key, goals in (("last", [0, 1, 2, 3]), ("other", [2, 3, 0, 1])):
-        rewards = [director.max_cosine(traj["goal"][t, goals], traj["deter"][t + 1]) for t in (7, 15)]
+        rewards = [director.max_cosine(traj["goal"][t, goals], traj["deter"][t + 1])
+                   for t in (7, 15)]
         close(metrics[f"goal_reward_{key}"], torch.stack(rewards).mean())
 
 

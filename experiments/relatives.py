@@ -6,8 +6,8 @@ Each agent makes 900 gradient steps on a grid of 6 by 6 cells, all with the same
 and learning rates: a line of JSON for each, with the mean return of its last 24 episodes and its
 tell-tales, first and last. An agent and a seed that --out has a line of are not run again. With
 --planner, the agents of director.py are stopped after 100, 200 and 400 gradient steps, and play ten
-episodes each with their actors and with each way to search. With --time_steps, train steps of all take turns.
-On one core, a run takes about a minute.
+episodes each with their actors and with each way to search. With --time_steps, train steps of all
+take turns. On one core, a run takes about a minute.
 """
 
 import argparse
@@ -121,8 +121,8 @@ def distances(agent: director.Director, replay: director.Replay) -> dict[str, fl
         moves, far = torch.cdist(cells, cells, p=1), torch.cdist(codes, codes)
         pairs = torch.ones_like(far).triu(1).bool()
         moves, far = moves[pairs].numpy(), far[pairs].numpy()
-        found.append((np.corrcoef(ranks(moves), ranks(far))[0, 1], far[moves == 0].mean() / far.mean(),
-                      float(rank)))
+        correlation = np.corrcoef(ranks(moves), ranks(far))[0, 1]
+        found.append((correlation, far[moves == 0].mean() / far.mean(), float(rank)))
     return dict(zip(("moves", "same_cell", "rank"), np.mean(found, 0).tolist(), strict=True))
 
 
@@ -172,7 +172,7 @@ def half_world(name: str, seed: int) -> dict:
         [*GRID, f"--disagreement_target={name.split()[-1]}"], disagreement.Config))
     torch.manual_seed(seed)
     agent = disagreement.Agent(
-        director.spaces.Dict({"state": director.spaces.Box(0, 1, (12,))}), Grid.action_space, config)
+        director.spaces.Dict({"state": Grid.observation_space}), Grid.action_space, config)
 
     def look() -> list[float]:
         found = []
@@ -225,7 +225,8 @@ def planners(name: str, seed: int):
     flags = AGENTS[name][1]
     with tempfile.TemporaryDirectory() as logdir:
         for updates in (100, 200, 400):
-            run(logdir, director.Director, [*flags, f"--seed={seed}", f"--steps={1000 + 8 * updates}"])
+            steps = 1000 + 8 * updates
+            run(logdir, director.Director, [*flags, f"--seed={seed}", f"--steps={steps}"])
             for way, more in ways.items():
                 if (name, way) == ("flat", "codes"):
                     continue
@@ -258,7 +259,8 @@ def speed(rounds: int = 15):
         agents = []
         for name in names:
             agent, flags = AGENTS[name]
-            config = agent.Config(size="xs", device="cpu", **director.parse_args(flags, agent.Config))
+            flags = director.parse_args(flags, agent.Config)
+            config = agent.Config(size="xs", device="cpu", **flags)
             agents.append(agent(space, actions, config))
         times = np.zeros((rounds, len(names)))
         for i, (j, agent) in itertools.product(range(rounds), enumerate(agents)):
@@ -267,7 +269,7 @@ def speed(rounds: int = 15):
             times[i, j] = time.perf_counter() - start
         ratios = np.median(times[3:] / times[3:, :1], 0)
         for row in zip(names, 1000 * np.median(times[3:], 0), ratios, strict=True):
-            print(f"{type(actions).__name__:9}", "{:20} {:7.1f} ms {:6.3f}".format(*row), flush=True)
+            print(f"{type(actions).__name__:9}", "{:20} {:7.1f} ms {:6.3f}".format(*row))
 
 
 def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps: bool):

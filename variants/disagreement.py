@@ -17,8 +17,9 @@ continuous actions learn by back-propagation through the ensemble. Every model i
 next embedded observation (the paper's), `deter`, which the recurrent network computes from the very
 inputs, so that the ensemble imitates it.
 
-What differs: the paper's models have a fixed deviation, and the paper explores without any task reward, and learns one for the task later; set
-`--worker_expl` high for that. The official program takes the deviation, not the variance, of modes.
+What differs: the paper's models have a fixed deviation, and the paper explores without any task
+reward and learns one for the task later; set `--worker_expl` high for that. The official program
+takes the deviation, not the variance, of modes.
 """
 
 import dataclasses

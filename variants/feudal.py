@@ -13,9 +13,9 @@ since the goal was set, the worker is paid, after FuN's eq. 8,
 
     1/j sum over i = 1..j of cos(s[t+1] - s[t+1-i], g),
 
-(the last step alone, i = 1, would pay jitter), or g . (s[t+1] - s[t]), which adds up to the way made
-along g (Feudal RL's reward for obeying, as an inner product). The manager's exploration reward is
-the autoencoder's error on the direction in which the state has moved while the goal lasted.
+(the last step alone, i = 1, would pay jitter), or g . (s[t+1] - s[t]), which adds up to the way
+made along g (Feudal RL's reward for obeying, as an inner product). The manager's exploration reward
+is the autoencoder's error on the direction in which the state has moved while the goal lasted.
 
 What is left out: FuN's transition policy gradient, by which the manager's goals are moved towards
 the directions that turned out well (its eq. 7): here, as in Director, the manager chooses among

@@ -3,7 +3,7 @@
 An encoder E maps states s (`deter`) to a few numbers in (-1, 1), so that distances there tell how
 far apart in time states are. A goal z is a point in that space: the manager draws it from a
 Gaussian, and the worker is paid -|E(s[t+1]) - z|^2. Nothing has to be decoded, and near goals are
-near codes, which is not so for Director's. Goal-conditioned hierarchies such as HIRO (Nachum et al.,
+near codes, which is not so for Director's. Goal-conditioned hierarchies like HIRO (Nachum et al.,
 2018) and HIGL (Kim et al., 2021) point at places in spaces that are given; here it is learned.
 
     python -m variants.higl --task pinpad_three [--higl_loss contrastive]

@@ -1,21 +1,21 @@
 """Planning: an agent that has learned acts by search in its world model.
 
-    python -m variants.planner --logdir RUN --eval 10 --planner mcts      RUN: of director.py, too
-    python -m variants.planner --task pinpad_three --planner codes        search in training
+    python -m variants.planner --logdir RUN --eval 10 --planner mcts     a run of director.py, too
 
-`--planner actions` looks for a sequence of primitive actions by the cross-entropy method (CEM; PETS,
+`--planner actions` looks for a sequence of primitive actions by the cross-entropy method (PETS,
 Chua et al., 2018; PlaNet, Hafner et al., 2019), with `--rounds 1` by random shooting. `codes` looks
 for a sequence of the manager's codes, on which the worker acts. `mcts` is MuZero's tree search
 (Schrittwieser et al., 2020), over codes or, for `--agent dreamer`, primitive actions; where there
 are too many, each node tries a few from the actor, as in Sampled MuZero (Hubert et al., 2021).
 
-What changes: how moves are chosen outside imagination. Networks and learning are Director's, whose
-checkpoints load (a run trained on here is the planner's from then on). The first move of the best
-imagined sequence is made (in PETS and PlaNet the mean one), then the search starts anew; codes last
-for K steps, sequences are H / K of them. Imagined ways are scored by predicted rewards, discounted
-by the predicted continuation, and the critic's value of their end. The manager's values are means
-over K steps, discounted once in K: so a step is discounted by the K-th root, and they count K times.
-Left out: chance nodes (a child is one sample), noise at the root, learning from searches.
+What changes: how moves are chosen outside imagination, in training, too. Networks and learning are
+Director's, whose checkpoints load; a run that goes on here becomes the planner's. The first move of
+the best imagined sequence is made (in PETS and PlaNet the mean one), then the search starts anew;
+codes last for K steps, sequences are H / K of them. Imagined ways are scored by predicted rewards,
+discounted by the predicted continuation, and by the critic's value of their end. The manager's
+values are means over K steps, discounted once in K: so a step is discounted by the K-th root, and
+they count K times. Left out: chance nodes (a child is one sample), noise at the root, learning from
+searches.
 """
 
 import dataclasses
@@ -92,7 +92,8 @@ class Agent(director.Director):
         gamma = self.config.discount ** (1 / k if self.manager else 1)
         goal = {"goal": self.goals.decode(move)} if self.over_codes else {}
         for _ in range(k if goal else 1):
-            action = self.worker.dist(self.worker.feat({**state, **goal})).rsample() if goal else move
+            seen = self.worker.feat({**state, **goal}) if goal else None
+            action = self.worker.dist(seen).rsample() if goal else move
             deter, stoch = model.rssm.img_step(state["deter"], state["stoch"], action)
             state, feat = {"deter": deter, "stoch": stoch}, torch.cat([deter, stoch], -1)
             reward = reward + discount * director.symexp(model.reward_head(feat))

@@ -14,7 +14,7 @@ from director import OneHot
 
 def cross_entropy(score: Callable, start: Tensor, one_hot: bool, candidates: int,
                   rounds: int) -> Tensor:
-    """The elite of sequences of moves, best first, [L, E, candidates / 10, ...] (CEM; PETS, PlaNet).
+    """The elite of sequences of moves, best first, [L, E, candidates / 10, ...] (PETS, PlaNet).
 
     Candidates are drawn again and again from a distribution that is fitted to the best tenth of
     those before: means [L, E, ...], first `start`, with deviations, first 1, samples in [-1, 1]; or
@@ -39,9 +39,9 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
     PUCT (Schrittwieser et al., 2020, Appendix B): from the root, the move is followed that has the
     largest Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move), P being its prior and Q
     the mean of what was found behind it, min-max normalised over the tree (0 where nothing was),
-    until a move has no node yet. (MuZero's 1.25 grows with log visits, by 0.003 in 50 simulations, and
-    its least and most are of Q.) That is imagined, its value is asked for, and reward and value go
-    back up the way. Every simulation adds one node to every tree.
+    until a move has no node yet. That is imagined, its value is asked for, and reward and value go
+    back up the way. Every simulation adds one node to every tree. (In MuZero the 1.25 grows with
+    the log of visits, by 0.003 in 50 simulations, and least and most are those of Q.)
 
     options(state): moves to try, [E, M, ...], and their prior [E, M]. imagine(state, move): the
     next state, the reward on the way, and the discount of what follows, [E]. value(state): [E].
@@ -63,7 +63,8 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
             below = child[rows, node, move].astype(int)
             going = going & (below > 0)
             node = np.where(going, below, node)
-        leaf = {key: torch.stack([x[key] for x in states])[node, rows] for key in ("deter", "stoch")}
+        leaf = {x: torch.stack([state[x] for state in states])[node, rows]
+                for x in ("deter", "stoch")}
         state, *found = imagine(leaf, torch.stack(tried)[node, rows, move])
         reward[rows, node, move], discount[rows, node, move] = (x.cpu().numpy() for x in found)
         child[rows, node, move] = new

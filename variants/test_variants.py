@@ -99,7 +99,8 @@ def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, f
 @pytest.mark.parametrize(("agent", "flags"), VARIANTS[::3], ids=name)
 def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
-           "--video_every=50", f"--logdir={tmp_path}", *(f"--{key}={value}" for key, value in flags.items())]
+           "--video_every=50", f"--logdir={tmp_path}"]
+    run += [f"--{key}={value}" for key, value in flags.items()]
     for steps in (250, 300):
         assert director.main([*run, f"--steps={steps}"], agent) == 0
     assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 25
@@ -380,8 +381,8 @@ def test_the_ensemble_learns_the_next_state_from_state_and_action_by_likelihood(
         for b, t in itertools.product(range(3), range(11)):
             if states["is_first"][b, t + 1]:
                 continue
-            x = torch.cat([states["deter"][b, t], states["stoch"][b, t], states["action"][b, t + 1]])
-            mean, std = member(x)
+            x = [states["deter"][b, t], states["stoch"][b, t], states["action"][b, t + 1]]
+            mean, std = member(torch.cat(x))
             dist = torch.distributions.Normal(mean, std.exp().log1p() + 0.1)
             log_prob = dist.log_prob(states["stoch"][b, t + 1]) + 0.5 * math.log(2 * math.pi)
             expected -= log_prob.mean() / 33
@@ -666,7 +667,8 @@ def test_ant_maze_shows_and_pays_what_the_official_environment_does(name):
     (obs, _), reward, found = env.reset(seed=0), 0, []
     for step in range(21):
         if step in (0, 4, 6, 8, 20):
-            found.append((obs["state"] @ np.cos(np.arange(153)), *obs["image"].mean((0, 1)), reward))
+            state = obs["state"] @ np.cos(np.arange(153))
+            found.append((state, *obs["image"].mean((0, 1)), reward))
         if step in (4, 6, 8):
             put(np.deg2rad(yaw), {4: 3, 6: 1, 8: None}[step])
         obs, reward, terminated, truncated, _ = act()
