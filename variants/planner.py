@@ -9,13 +9,12 @@ for a sequence of the manager's codes, on which the worker acts. `mcts` is MuZer
 are too many, each node tries a few from the actor, as in Sampled MuZero (Hubert et al., 2021).
 
 What changes: how moves are chosen outside imagination, in training, too. Networks and learning are
-Director's, whose checkpoints load; a run that goes on here becomes the planner's. The first move of
-the best imagined sequence is made (in PETS and PlaNet the mean one), then the search starts anew;
-codes last for K steps, sequences are H / K of them. Imagined ways are scored by predicted rewards,
-discounted by the predicted continuation, and by the critic's value of their end. The manager's
-values are means over K steps, discounted once in K: so a step is discounted by the K-th root, and
-they count K times. Left out: chance nodes (a child is one sample), noise at the root, learning from
-searches.
+Director's, whose checkpoints load. The first move of the best imagined sequence is made (in PETS
+and PlaNet the mean one), then the search starts anew; codes last for K steps, sequences are H / K
+of them. Imagined ways are scored by predicted rewards, discounted by the predicted continuation,
+and by the critic's value of their end. The manager's values are means over K steps, discounted once
+in K: so a step is discounted by the K-th root, and they count K times. Left out: chance nodes (a
+child is one sample), noise at the root, learning from searches.
 """
 
 import dataclasses
