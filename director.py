@@ -896,7 +896,7 @@ class Director(nn.Module):
         return {key: value.detach().clone() for key, value in metrics.items()}
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Goal autoencoder, on replayed states [B, T, ...] and their flags; returns metrics."""
+        """Goal autoencoder, on replayed states and their batch, [B, T, ...]; returns metrics."""
         if not self.manager:
             return {}
         with autocast(self.config):

@@ -53,7 +53,7 @@ class Ensemble(nn.Module):
             mean = F.linear(member.hidden(x), member.out.weight[:size], member.out.bias[:size])
             means.append(mean.float())
         mean = sum(means) / len(means)  # Tensor.var(0) takes five times as long on a CPU
-        return sum((x - mean).square().mean(-1) for x in means) / (len(means) - 1)
+        return sum((each - mean).square().mean(-1) for each in means) / (len(means) - 1)
 
 
 @dataclasses.dataclass

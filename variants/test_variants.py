@@ -22,6 +22,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 import director
+from experiments import relatives
 from test_director import (
     CONTINUOUS,
     DISCRETE,
@@ -171,6 +172,19 @@ def replayed(agent, steps=12):
               "is_first": torch.zeros(3, steps, dtype=torch.bool)}
     states["is_first"][2, 5] = True
     return states
+
+
+def test_the_program_that_compares_disconnects_what_it_says_and_ranks_ties_fairly():
+    assert relatives.ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
+    agent = make(relatives.unpaid(director.Director), horizon=8)
+    traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
+    assert traj["reward_goal"].abs().sum() > 0
+    assert agent.views(traj)["worker"]["reward_goal"].abs().sum() == 0
+    agent = make(relatives.frozen("manager.actor"))
+    before = [agent.manager.actor.out.weight.clone(), agent.worker.actor.out.weight.clone()]
+    agent.train_step(random_batch(np.random.default_rng(0), 2, 9, True, 5))
+    assert torch.equal(before[0], agent.manager.actor.out.weight)
+    assert not torch.equal(before[1], agent.worker.actor.out.weight)
 
 
 # ---- Feudal ---------------------------------------------------------------------------------
