@@ -307,7 +307,6 @@ class Normalizer(nn.Module):
 # ---- Networks -------------------------------------------------------------------------------
 # Hidden layers are linear without bias, layer norm, ELU. Weights are Glorot uniform.
 
-
 def glorot(layer: nn.Module, scale: float = 1.0) -> nn.Module:
     """Glorot uniform weights, their variance times scale, and no bias."""
     nn.init.xavier_uniform_(layer.weight, gain=scale**0.5)
@@ -415,13 +414,13 @@ class RSSM(nn.Module):
 
     def __init__(self, embed: int, action: int, config: Config):
         super().__init__()
-        deter, hidden, stoch = config.deter, config.hidden, config.stoch * config.classes
-        self.groups = config.stoch, config.classes
+        deter, hidden, self.groups = config.deter, config.hidden, (config.stoch, config.classes)
+        self.size = math.prod(self.groups)  # of stoch
         self.initial_deter = nn.Parameter(torch.zeros(deter))
-        self.inputs = nn.Sequential(*dense(stoch + action, hidden))
+        self.inputs = nn.Sequential(*dense(self.size + action, hidden))
         self.gru = nn.Sequential(*dense(deter + hidden, 3 * deter)[:2])
         self.prior_net, self.post_net = (
-            nn.Sequential(*dense(size, hidden), glorot(nn.Linear(hidden, stoch)))
+            nn.Sequential(*dense(size, hidden), glorot(nn.Linear(hidden, self.size)))
             for size in (deter, deter + embed))
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
@@ -501,7 +500,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.encoder = Encoder(obs_space, config)
         self.rssm = self.RSSM(self.encoder.size, action, config)
-        feat = config.deter + config.stoch * config.classes
+        feat = config.deter + self.rssm.size
         self.decoder = Decoder(feat, obs_space, config)
         self.reward_head = MLP(feat, (), config)  # in symlog space
         self.cont_head = MLP(feat, (), config)  # logit of not being terminal
@@ -541,9 +540,9 @@ class WorldModel(nn.Module):
         losses["cont"] = F.binary_cross_entropy_with_logits(
             self.cont_head(feat), 1 - batch["is_terminal"].float(), reduction="none")
         losses["kl"], metrics = self.kl_loss(states)
-        loss = sum(losses.values()).mean()  # each of them is [B, T]
+        losses["model"] = states["error"] = sum(losses.values())  # [B, T], like each of them
         metrics |= {f"{key}_loss": value.mean() for key, value in losses.items()}
-        return loss, states, {**metrics, "model_loss": loss}
+        return metrics["model_loss"], states, metrics
 
 
 class GoalAutoencoder(nn.Module):
@@ -740,18 +739,27 @@ class Director(nn.Module):
         self.config, self.obs_space, self.act_space = config, obs_space, act_space
         self.discrete = isinstance(act_space, spaces.Discrete)
         action = (int(act_space.n),) if self.discrete else act_space.shape
-        # The parts of a state that players can see and that acting carries from step to step.
-        self.sizes = {"deter": config.deter, "stoch": config.stoch * config.classes,
-                      "action": action[0]}
         self.manager = None
         with torch.device(config.device):
             self.world_model = self.WorldModel(obs_space, action[0], config)
             Optimizer(self.world_model, config)
+            # The parts of a state that players can see and that acting carries from step to step.
+            self.sizes = {"deter": config.deter, "stoch": self.world_model.rssm.size,
+                          "action": action[0]}
             self.build(action)
         parts = dict(self.named_modules())
         self.players = {key: x for key, x in parts.items() if isinstance(x, ActorCritic)}
         self.optimizers = {key: x.optimizer for key, x in parts.items() if hasattr(x, "optimizer")}
         self.grad_steps = 0
+
+    def restore(self, state: dict):
+        """Take weights, optimisers and count from a checkpoint."""
+        self.load_state_dict(state["agent"])
+        self.grad_steps = int(state["grad_steps"])
+        for key, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][key])
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.learning_rate
 
     def build(self, action: tuple):
         """Make all else that learns: goals, and players, which train in the order made here."""
@@ -1268,15 +1276,7 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
                          for key, size in sizes.items()}),
             spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action),
             agent.Config(**{**state["config"], **free, **flags, "logdir": str(logdir)}))
-        made.load_state_dict(state["agent"])
-        made.grad_steps = int(state["grad_steps"])
-        for key, optimizer in made.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
-            for group in optimizer.param_groups:
-                group["lr"] = made.config.learning_rate
-            for param, values in optimizer.state.items():
-                if any(x.shape not in ((), param.shape) for x in values.values()):
-                    raise ValueError(f"the optimiser of {key} has other shapes")
+        made.restore(state)
         made.origin = {key: state[key] for key in ("step", "seconds", "episodes", "config")}
         return made
     except UserError:

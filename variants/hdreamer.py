@@ -1,0 +1,129 @@
+"""Hierarchical latents: what is random about a state comes on two levels, coarse and fine.
+
+One categorical sample has to hold the layout of a scene and its details alike. With two levels, as
+in ladder VAEs (Sonderby et al., 2016) and NVAE (Vahdat and Kautz, 2020), the coarse one is drawn
+first, and the fine one adds what that leaves open.
+
+    python -m variants.hdreamer --task pinpad_three
+    python -m variants.hdreamer --logdir RUN        a run of director.py goes on with a fine level
+
+What changes: `stoch` is [coarse, fine]. The coarse level is Director's, `--stoch` groups of
+`--classes`, with prior and posterior from `deter`. The fine one, `--bottom_stoch` groups of
+`--bottom_classes`, has a prior that sees the coarse sample, too, and a posterior with the logits
+
+    prior's logits + correction(deter, coarse sample, embed)     (NVAE, Section 3.2),
+
+with gradients through both terms. Each level has its balanced KL (Director's eq. 2) and a scale of
+its own; the target of 3.5 is split by numbers of groups. Whatever sees `stoch` sees both levels.
+
+With a checkpoint of director.py the agent first acts as it did: others' weights for the fine level
+start at 0, and so does the correction. Adam's moments start anew. Both levels are of the same
+moment; a level that is slower in time is another idea (Clockwork VAE), and left out.
+"""
+
+import dataclasses
+import sys
+
+import torch
+from torch import Tensor, nn
+
+import director
+
+
+@dataclasses.dataclass
+class Config(director.Config):
+    bottom_stoch: int = director.option((32, 16, 16), "groups of the fine level", group="hdreamer",
+                                        fixed=True)
+    bottom_classes: int = director.option((32, 16, 16), "classes in each of these", fixed=True)
+
+
+def draw(logit: Tensor, sample: bool = True) -> Tensor:
+    """[..., S, C] to a sample or the mode, [..., SC]."""
+    dist = director.OneHot(logit)
+    return (dist.rsample() if sample else dist.mode).flatten(-2)
+
+
+class RSSM(director.RSSM):
+    """Director's, with `stoch` and logits, [..., SC], of two levels, one after the other."""
+
+    def __init__(self, embed: int, action: int, config: Config):
+        super().__init__(embed, action, config)
+        self.levels = self.groups, (config.bottom_stoch, config.bottom_classes)
+        self.parts = coarse, fine = [stoch * classes for stoch, classes in self.levels]
+        deter, hidden, self.size = config.deter, config.hidden, coarse + fine
+        self.inputs = nn.Sequential(*director.dense(self.size + action, hidden))
+        self.fine_net, self.correction = (
+            nn.Sequential(*director.dense(size, hidden), director.glorot(nn.Linear(hidden, fine)))
+            for size in (deter + coarse, deter + coarse + embed))
+        nn.init.zeros_(self.correction[-1].weight)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Logits [..., SC] of both levels to those of each, [..., S, C]."""
+        parts = zip(x.split(self.parts, -1), self.levels, strict=True)
+        return [part.unflatten(-1, groups) for part, groups in parts]
+
+    def fine(self, seen: Tensor, embed: Tensor | None = None) -> Tensor:
+        """Logits [..., S, C] of the fine level, given [deter, coarse] and perhaps what is shown."""
+        logit = self.fine_net(seen).float()
+        if embed is not None:
+            logit = logit + self.correction(torch.cat([seen, embed], -1)).float()
+        return logit.unflatten(-1, self.levels[1])
+
+    def prior(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        """Logits [..., SC] before the observation, those of the fine level given coarse `stoch`."""
+        fine = self.fine(torch.cat([deter, stoch[..., : self.parts[0]]], -1))
+        return torch.cat([super().prior(deter).flatten(-2), fine.flatten(-2)], -1)
+
+    def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+        coarse, logit = super().posterior(deter, embed)
+        fine = self.fine(torch.cat([deter, coarse], -1), embed)
+        logits = torch.cat([logit.flatten(-2), fine.flatten(-2)], -1)
+        return torch.cat([coarse, draw(fine)], -1), logits
+
+    def guess(self, deter: Tensor, sample: bool = True) -> Tensor:
+        coarse = draw(super().prior(deter), sample)
+        return torch.cat([coarse, draw(self.fine(torch.cat([deter, coarse], -1)), sample)], -1)
+
+
+class WorldModel(director.WorldModel):
+    RSSM = RSSM
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        groups = torch.tensor([float(stoch) for stoch, _ in self.rssm.levels])
+        self.kl_adapt = director.AutoAdapt((2,), 3.5 * groups / groups.sum(), low=1e-5, high=1.0)
+
+    def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        levels, metrics = [self.rssm.split(states[key]) for key in ("post", "prior")], {}
+        kls = [director.balanced_kl(post, prior, 0.8) for post, prior in zip(*levels, strict=True)]
+        for i, level in enumerate(("coarse", "fine")):
+            ents = [director.OneHot(logits[i]).entropy().sum(-1).mean() for logits in levels]
+            metrics |= {f"{level}_kl": kls[i].mean(), f"{level}_kl_scale": self.kl_adapt.scale[i],
+                        f"{level}_post_ent": ents[0], f"{level}_prior_ent": ents[1]}
+        return self.kl_adapt(torch.stack(kls, -1)).sum(-1), metrics
+
+
+class Agent(director.Director):
+    """Director with coarse and fine latents."""
+
+    Config, WorldModel, loads = Config, WorldModel, ("director",)
+
+    def restore(self, state: dict):
+        if state["variant"] == "hdreamer":
+            return super().restore(state)
+        coarse, fine = self.world_model.rssm.parts
+        weights = self.state_dict()
+        for key, flat in state["agent"].items():
+            own = weights[key]
+            if own.shape != flat.shape and flat.ndim:
+                dim = int(len(own) == len(flat))  # of a convolution, inputs are the first one
+                start = coarse if "rssm.inputs" in key else self.config.deter + coarse
+                before, after = flat.tensor_split([start], dim)
+                flat = torch.cat([before, 0 * own.narrow(dim, start, fine).cpu(), after], dim)
+            weights[key] = flat.expand_as(own)  # one scale of the KL becomes that of each level
+        self.load_state_dict(weights)
+        self.grad_steps = int(state["grad_steps"])
+
+
+if __name__ == "__main__":
+    sys.exit(director.main(agent=Agent))
