@@ -8,17 +8,17 @@ first, and the fine one adds what that leaves open.
     python -m variants.hdreamer --logdir RUN        a run of director.py goes on with a fine level
 
 What changes: `stoch` is [coarse, fine]. The coarse level is Director's, `--stoch` groups of
-`--classes`, with prior and posterior from `deter`. The fine one, `--bottom_stoch` groups of
-`--bottom_classes`, has a prior that sees the coarse sample, too, and a posterior with the logits
+`--classes`. The fine one, `--bottom_stoch` of `--bottom_classes`, has a prior that sees the coarse
+sample, too, and a posterior with the logits
 
-    prior's logits + correction(deter, coarse sample, embed)     (NVAE, Section 3.2),
+    prior's logits + correction(deter, coarse sample, embed)     (NVAE's residual, Section 3.2),
 
 with gradients through both terms. Each level has its balanced KL (Director's eq. 2) and a scale of
 its own; the target of 3.5 is split by numbers of groups. Whatever sees `stoch` sees both levels.
 
-With a checkpoint of director.py the agent first acts as it did: others' weights for the fine level
-start at 0, and so does the correction. Adam's moments start anew. Both levels are of the same
-moment; a level that is slower in time is another idea (Clockwork VAE), and left out.
+With a checkpoint of director.py the agent first acts as it did: weights for the fine level start at
+0, and so does the correction; Adam's moments start anew. Both levels are of the same moment; one
+that is slower in time is another idea (Clockwork VAE), and left out.
 """
 
 import dataclasses
@@ -37,12 +37,6 @@ class Config(director.Config):
     bottom_classes: int = director.option((32, 16, 16), "classes in each of these", fixed=True)
 
 
-def draw(logit: Tensor, sample: bool = True) -> Tensor:
-    """[..., S, C] to a sample or the mode, [..., SC]."""
-    dist = director.OneHot(logit)
-    return (dist.rsample() if sample else dist.mode).flatten(-2)
-
-
 class RSSM(director.RSSM):
     """Director's, with `stoch` and logits, [..., SC], of two levels, one after the other."""
 
@@ -57,32 +51,29 @@ class RSSM(director.RSSM):
             for size in (deter + coarse, deter + coarse + embed))
         nn.init.zeros_(self.correction[-1].weight)
 
-    def split(self, x: Tensor) -> list[Tensor]:
-        """Logits [..., SC] of both levels to those of each, [..., S, C]."""
-        parts = zip(x.split(self.parts, -1), self.levels, strict=True)
+    def split(self, logits: Tensor) -> list[Tensor]:
+        """Those of both levels, [..., SC], to those of each, [..., S, C]."""
+        parts = zip(logits.split(self.parts, -1), self.levels, strict=True)
         return [part.unflatten(-1, groups) for part, groups in parts]
-
-    def fine(self, seen: Tensor, embed: Tensor | None = None) -> Tensor:
-        """Logits [..., S, C] of the fine level, given [deter, coarse] and perhaps what is shown."""
-        logit = self.fine_net(seen).float()
-        if embed is not None:
-            logit = logit + self.correction(torch.cat([seen, embed], -1)).float()
-        return logit.unflatten(-1, self.levels[1])
 
     def prior(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """Logits [..., SC] before the observation, those of the fine level given coarse `stoch`."""
-        fine = self.fine(torch.cat([deter, stoch[..., : self.parts[0]]], -1))
-        return torch.cat([super().prior(deter).flatten(-2), fine.flatten(-2)], -1)
+        fine = self.fine_net(torch.cat([deter, stoch[..., : self.parts[0]]], -1)).float()
+        return torch.cat([super().prior(deter).flatten(-2), fine], -1)
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
         coarse, logit = super().posterior(deter, embed)
-        fine = self.fine(torch.cat([deter, coarse], -1), embed)
-        logits = torch.cat([logit.flatten(-2), fine.flatten(-2)], -1)
-        return torch.cat([coarse, draw(fine)], -1), logits
+        seen = torch.cat([deter, coarse], -1)
+        fine = self.fine_net(seen).float() + self.correction(torch.cat([seen, embed], -1)).float()
+        sample = director.OneHot(fine.unflatten(-1, self.levels[1])).rsample().flatten(-2)
+        return torch.cat([coarse, sample], -1), torch.cat([logit.flatten(-2), fine], -1)
 
     def guess(self, deter: Tensor, sample: bool = True) -> Tensor:
-        coarse = draw(super().prior(deter), sample)
-        return torch.cat([coarse, draw(self.fine(torch.cat([deter, coarse], -1)), sample)], -1)
+        seen = deter
+        for net, groups in zip((self.prior_net, self.fine_net), self.levels, strict=True):
+            dist = director.OneHot(net(seen).float().unflatten(-1, groups))
+            seen = torch.cat([seen, (dist.rsample() if sample else dist.mode).flatten(-2)], -1)
+        return seen[..., deter.shape[-1] :]
 
 
 class WorldModel(director.WorldModel):
@@ -109,10 +100,9 @@ class Agent(director.Director):
     Config, WorldModel, loads = Config, WorldModel, ("director",)
 
     def restore(self, state: dict):
-        if state["variant"] == "hdreamer":
+        if state["variant"] not in self.loads:
             return super().restore(state)
-        coarse, fine = self.world_model.rssm.parts
-        weights = self.state_dict()
+        (coarse, fine), weights = self.world_model.rssm.parts, self.state_dict()
         for key, flat in state["agent"].items():
             own = weights[key]
             if own.shape != flat.shape and flat.ndim:
