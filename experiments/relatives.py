@@ -24,7 +24,17 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import director
-from variants import Grid, diayn, disagreement, feudal, higl, planner, same_episode
+from variants import (
+    Grid,
+    diayn,
+    disagreement,
+    feudal,
+    gaussian,
+    hdreamer,
+    higl,
+    planner,
+    same_episode,
+)
 
 GRID = ["--task=gym_Grid-v0", "--device=cpu", "--precision=float32", "--size=xs", "--units=32",
         "--deter=32", "--hidden=32", "--stoch=4", "--classes=4", "--skill_groups=4",
@@ -51,8 +61,18 @@ def frozen(part: str) -> type:
     return Frozen
 
 
+class Uncorrected(hdreamer.Agent):
+    """hdreamer, whose fine level never learns what it is for: its posterior is its prior."""
+
+    def build(self, action):
+        super().build(action)
+        correction = self.world_model.rssm.correction
+        correction.forward = lambda x, forward=correction.forward: 0 * forward(x)
+
+
 AGENTS = {  # name: agent, flags
     "director": (director.Director, []),
+    "director, 8x4 latents": (director.Director, ["--stoch=8"]),
     "director, worker unpaid": (unpaid(director.Director), []),
     "director, manager frozen": (frozen("manager.actor"), []),
     "director, model frozen": (frozen("world_model"), []),
@@ -68,9 +88,13 @@ AGENTS = {  # name: agent, flags
     "diayn for the task": (diayn.Agent, ["--skills_for=task"]),
     "disagreement": (disagreement.Agent, []),
     "disagreement, flat": (disagreement.Agent, ["--agent=dreamer"]),
+    "hdreamer": (hdreamer.Agent, ["--bottom_stoch=4", "--bottom_classes=4"]),
+    "hdreamer, uncorrected": (Uncorrected, ["--bottom_stoch=4", "--bottom_classes=4"]),
+    "gaussian": (gaussian.Agent, []),
 }
 TELL_TALES = ("goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec",
-              "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward")
+              "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward", "kl",
+              "coarse_kl", "fine_kl", "state_loss", "reward_loss")
 
 
 def run(logdir: str, agent: type, flags: list[str]):
