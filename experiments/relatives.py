@@ -32,6 +32,7 @@ from variants import (
     gaussian,
     hdreamer,
     higl,
+    options,
     planner,
     same_episode,
 )
@@ -70,6 +71,19 @@ class Uncorrected(hdreamer.Agent):
         correction.forward = lambda x, forward=correction.forward: 0 * forward(x)
 
 
+class EndsFrozen(options.Agent):
+    """Options end as they did at first: with a chance near a half, anywhere."""
+    def build(self, action):
+        super().build(action)
+        self.worker.end.optimizer.minimize = lambda loss: loss.detach()
+
+
+class OptionsShuffled(options.Agent):
+    """The worker learns under the options of other trajectories, which say nothing about these."""
+    def views(self, traj):
+        return {"worker": {**traj, "option": traj["option"].roll(traj["option"].shape[1] // 2, 1)}}
+
+
 AGENTS = {  # name: agent, flags
     "director": (director.Director, []),
     "director, 8x4 latents": (director.Director, ["--stoch=8"]),
@@ -91,10 +105,17 @@ AGENTS = {  # name: agent, flags
     "hdreamer": (hdreamer.Agent, ["--bottom_stoch=4", "--bottom_classes=4"]),
     "hdreamer, uncorrected": (Uncorrected, ["--bottom_stoch=4", "--bottom_classes=4"]),
     "gaussian": (gaussian.Agent, []),
+    "options": (options.Agent, []),
+    "options, plain": (options.Agent, ["--option_entropy=0", "--option_cost=0"]),
+    "options, no cost": (options.Agent, ["--option_cost=0"]),
+    "options, no entropy": (options.Agent, ["--option_entropy=0"]),
+    "options, ends frozen": (EndsFrozen, []),
+    "options, shuffled": (OptionsShuffled, []),
 }
 TELL_TALES = ("goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec",
-              "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward", "kl",
-              "coarse_kl", "fine_kl", "state_loss", "reward_loss")
+              "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward",
+              "kl", "coarse_kl", "fine_kl", "state_loss", "reward_loss",
+              "worker_option_length", "worker_pick_ent")
 
 
 def run(logdir: str, agent: type, flags: list[str]):
@@ -171,6 +192,56 @@ def ends(agent: director.Director, copies: int = 32, steps: int = 20) -> tuple[f
     return float(entropy(mixed).mean()), float(entropy(counts).mean())
 
 
+def option_differences(agent: options.Agent, replay: director.Replay) -> dict[str, float]:
+    """How much options differ in replayed states, over 8 batches of 8x32.
+
+    values: the deviation of Q between options, as a share of that over states and options.
+    actions: total variation between the actions' distributions of two options, 0 to 1.
+    """
+    count, found = agent.config.options, []
+    for _ in range(8):
+        seen = states(agent, replay)
+        state = torch.cat([seen["deter"], seen["stoch"]], -1).flatten(0, 1)
+        each = torch.eye(count)[:, None].expand(-1, len(state), -1)
+        with torch.no_grad():
+            feat = torch.cat([state.expand(count, -1, -1), each], -1)  # [W, N, F]
+            probs = agent.worker.dist(feat).probs
+            values = director.symexp(agent.worker.critics["extr"](feat))
+        pairs = [(probs[i] - probs[j]).abs().sum(-1).mean() / 2
+                 for i, j in itertools.combinations(range(count), 2)]
+        found.append((values.std(0, correction=0).mean() / values.std(), np.mean(pairs)))
+    return dict(zip(("values", "actions"), np.mean(found, 0).tolist(), strict=True))
+
+
+def option_use(agent: options.Agent, copies: int = 32) -> dict:
+    """One episode in each of 32 grids: how long options last, how many are used, what each earns.
+
+    length: 1 over the mean chance to end. same: mean number of steps until another one is active.
+    used: exp of the entropy of which option is active. alone: the return of each without others.
+    """
+    count, choose, scores = agent.config.options, agent.choose, []
+    for only in (None, *torch.eye(count)):
+        if only is not None:
+            agent.choose = lambda state, steps, only=only: {"option": only.expand(copies, -1)}
+        active, ends = [], []
+        with director.vector_envs(agent.config, copies) as envs:
+            driver, state = director.Driver(envs, 0), None
+            while not driver.rows["is_last"][0]:
+                action, state = agent.policy(driver.rows, state)
+                driver.step(action.numpy())
+                active.append(state["option"].argmax(-1))
+                ends.append(state.get("beta"))
+        scores.append(float(driver.score.mean()))
+        if only is None:
+            active, ends = torch.stack(active), torch.stack(ends)[1:]
+            share = active.flatten().bincount(minlength=count) / active.numel()
+            other = (active[1:] != active[:-1]).float().mean()
+            use = {"length": float(1 / ends.mean()), "same": float(1 / other.clamp(min=1e-3)),
+                   "used": float(torch.special.entr(share).sum().exp())}
+    agent.choose = choose
+    return {**use, "return": scores[0], "alone": scores[1:]}
+
+
 def half_world(name: str, seed: int) -> dict:
     """Disagreement on both halves of the grid of an agent that has seen only the one."""
     replays = []
@@ -240,6 +311,13 @@ def relative(name: str, seed: int) -> dict:
             result["distances_untrained"] = distances(made, replay)
         if name.startswith("diayn"):
             result["end_entropy"], result["end_entropy_given_skill"] = ends(made)
+        if name.startswith("options"):
+            replay = replayed(logdir, made)
+            result["options"] = {**option_differences(made, replay), **option_use(made)}
+            fresh = agent(made.obs_space, made.act_space, made.config)
+            made.worker = fresh.worker
+            result["options_untrained"] = option_differences(made, replay)
+            result["option_lengths"] = [x["train/worker_option_length"] for x in logged]
     return result
 
 
@@ -272,7 +350,8 @@ def planners(name: str, seed: int):
 
 def speed(rounds: int = 15):
     """Milliseconds of a train step at xs, pixels, discrete and continuous; agents take turns."""
-    names = ["director", "feudal", "higl", "diayn", "disagreement", "flat", "disagreement, flat"]
+    names = ["director", "feudal", "higl", "diayn", "disagreement", "options", "flat",
+             "disagreement, flat"]
     rng, space = np.random.default_rng(0), director.spaces.Dict({"image": director.IMAGE})
     for actions in (director.spaces.Discrete(5), director.spaces.Box(-1, 1, (6,), np.float32)):
         size = int(actions.n) if isinstance(actions, director.spaces.Discrete) else 6

@@ -43,6 +43,7 @@ from variants import (
     gaussian,
     hdreamer,
     higl,
+    options,
     parallel,
     planner,
     same_episode,
@@ -62,7 +63,8 @@ VARIANTS = [  # agent, flags
     (planner.Agent, {"planner": "mcts", "simulations": 4, "agent": "dreamer"}),
     (planner.Agent, {"planner": "mcts", "simulations": 4}),
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
-    (gaussian.Agent, {})]
+    (gaussian.Agent, {}),
+    (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0})]
 
 
 def name(value) -> str:
@@ -159,7 +161,10 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (disagreement.Agent, ["--batch_length=1"], "has to be more than 1"),
     (disagreement.Agent, ["--members=1"], "must be from 2"),
     (planner.Agent, ["--planner=codes", "--agent=dreamer"], "a flat agent has none"),
-    (planner.Agent, ["--candidates=9"], "must be from 20")])
+    (planner.Agent, ["--candidates=9"], "must be from 20"),
+    (options.Agent, ["--options=0"], "--options 0: must be from 1"),
+    (options.Agent, ["--option_cost=-1"], "must be from 0"),
+    (options.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'")])
 def test_bad_flags_get_one_line(agent, flags, words, capsys):
     assert director.main(flags, agent) == 2
     error = capsys.readouterr().err
