@@ -30,6 +30,7 @@ from variants import (
     disagreement,
     feudal,
     gaussian,
+    hac,
     hdreamer,
     higl,
     options,
@@ -41,21 +42,22 @@ GRID = ["--task=gym_Grid-v0", "--device=cpu", "--precision=float32", "--size=xs"
         "--deter=32", "--hidden=32", "--stoch=4", "--classes=4", "--skill_groups=4",
         "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
         "--prefill=1000", "--train_every=8"]
+HAC, LONG = ["--horizon=32"], ["--task=gym_LongCorridor-v0"]
 
 
-def unpaid(agent: type) -> type:
-    """The same agent, whose worker gets no reward for its goals."""
+def unpaid(agent: type, player: str = "worker", reward: str = "reward_goal") -> type:
+    """The same agent, whose worker (or another player) gets no reward for its goals."""
     class Unpaid(agent):
         def views(self, traj):
             views = super().views(traj)
-            views["worker"]["reward_goal"] = 0 * views["worker"]["reward_goal"]
+            views[player][reward] = 0 * views[player][reward]
             return views
     return Unpaid
 
 
-def frozen(part: str) -> type:
-    """Director, of which a part never changes."""
-    class Frozen(director.Director):
+def frozen(part: str, agent: type = director.Director) -> type:
+    """The same agent, of which a part never changes."""
+    class Frozen(agent):
         def build(self, action):
             super().build(action)
             self.get_submodule(part).optimizer.minimize = lambda loss: loss.detach()
@@ -111,11 +113,21 @@ AGENTS = {  # name: agent, flags
     "options, no entropy": (options.Agent, ["--option_entropy=0"]),
     "options, ends frozen": (EndsFrozen, []),
     "options, shuffled": (OptionsShuffled, []),
+    "hac": (hac.Agent, HAC),
+    "hac, hindsight": (hac.Agent, [*HAC, "--hindsight=1"]),
+    "hac, worker unpaid": (unpaid(hac.Agent), HAC),
+    "hac, middle unpaid": (unpaid(hac.Agent, "manager", "reward_reach"), HAC),
+    "hac, top frozen": (frozen("top.actor", hac.Agent), HAC),
+    "long corridor, director": (director.Director, LONG),
+    "long corridor, flat": (director.Director, [*LONG, "--agent=dreamer"]),
+    "long corridor, hac": (hac.Agent, [*HAC, *LONG]),
+    "long corridor, hac, hindsight": (hac.Agent, [*HAC, *LONG, "--hindsight=1"]),
 }
 TELL_TALES = ("goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec",
               "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward",
               "kl", "coarse_kl", "fine_kl", "state_loss", "reward_loss",
-              "worker_option_length", "worker_pick_ent")
+              "worker_option_length", "worker_pick_ent",
+              "reach_last", "reach_other", "top_ent", "top_extr_reward")
 
 
 def run(logdir: str, agent: type, flags: list[str]):
@@ -242,6 +254,23 @@ def option_use(agent: options.Agent, copies: int = 32) -> dict:
     return {**use, "return": scores[0], "alone": scores[1:]}
 
 
+def obeyed(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
+    """What goals of the top's that are drawn uniformly pay the middle in the end, and others' do.
+
+    The goals that it picks are soon alike, and exchanging like with like tells nothing.
+    """
+    agent.top.dist = lambda feat: director.OneHot(
+        torch.zeros(*feat.shape[:-1], *agent.top.action))
+    found = []
+    for _ in range(8):
+        starts = {key: value.flatten(0, 1) for key, value in states(agent, replay).items()
+                  if key in ("deter", "stoch", "is_terminal")}
+        with torch.no_grad():
+            metrics = agent.train_imagined(agent.imagine(starts))
+        found.append([float(metrics[f"reach_{key}"]) for key in ("last", "other")])
+    return dict(zip(("last", "other"), np.mean(found, 0).tolist(), strict=True))
+
+
 def half_world(name: str, seed: int) -> dict:
     """Disagreement on both halves of the grid of an agent that has seen only the one."""
     replays = []
@@ -297,9 +326,10 @@ def relative(name: str, seed: int) -> dict:
         text = (pathlib.Path(logdir) / "run/metrics.jsonl").read_text()
         lines = [json.loads(x) for x in text.splitlines()]
         scores = [x["episode/score"] for x in lines if "episode/score" in x]
+        curve = np.array_split(scores, 8)  # from 1,000 steps to the next, about
         logged = [x for x in lines if "train/model_loss" in x]
         result = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
-                  "seconds": time.time() - start}
+                  "curve": [np.mean(part) for part in curve], "seconds": time.time() - start}
         for key in TELL_TALES:
             if f"train/{key}" in logged[-1]:
                 result[key] = [x[f"train/{key}"] for x in (logged[0], logged[-1])]
@@ -309,6 +339,8 @@ def relative(name: str, seed: int) -> dict:
             result["distances"] = distances(made, replay)
             made.goals = fresh
             result["distances_untrained"] = distances(made, replay)
+        if name.startswith("hac"):
+            result["obeyed"] = obeyed(made, replayed(logdir, made))
         if name.startswith("diayn"):
             result["end_entropy"], result["end_entropy_given_skill"] = ends(made)
         if name.startswith("options"):

@@ -41,21 +41,30 @@ class Grid(gymnasium.Env):
 
 
 class Corridor(gymnasium.Env):
-    """Eight cells; actions stay, left, right; 1 per step at the far end; at best 44 in 50 steps."""
+    """Cells in a row; actions stay, left, right; 1 per step at the far end; at best 44 of 50.
 
-    observation_space, action_space = spaces.Box(0, 1, (8,), np.float32), spaces.Discrete(3)
+    The long one has 24 cells and 100 steps, at best 78; random actions hardly ever get there.
+    """
+
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, cells: int = 8, limit: int = 50):
+        self.cells, self.limit = np.eye(cells, dtype=np.float32), limit
+        self.observation_space = spaces.Box(0, 1, (cells,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.cell = self.steps = 0
-        return np.eye(8, dtype=np.float32)[0], {}
+        return self.cells[0].copy(), {}
 
     def step(self, action):
-        self.cell = min(max(self.cell + (0, -1, 1)[action], 0), 7)
+        end = len(self.cells) - 1
+        self.cell = min(max(self.cell + (0, -1, 1)[action], 0), end)
         self.steps += 1
-        obs = np.eye(8, dtype=np.float32)[self.cell]
-        return obs, float(self.cell == 7), False, self.steps >= 50, {}
+        obs = self.cells[self.cell].copy()
+        return obs, float(self.cell == end), False, self.steps >= self.limit, {}
 
 
 gymnasium.register("Grid-v0", Grid)
 gymnasium.register("Corridor-v0", Corridor)
+gymnasium.register("LongCorridor-v0", Corridor, kwargs={"cells": 24, "limit": 100})

@@ -41,6 +41,7 @@ from variants import (
     disagreement,
     feudal,
     gaussian,
+    hac,
     hdreamer,
     higl,
     options,
@@ -64,7 +65,8 @@ VARIANTS = [  # agent, flags
     (planner.Agent, {"planner": "mcts", "simulations": 4}),
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
     (gaussian.Agent, {}),
-    (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0})]
+    (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0}),
+    (hac.Agent, {"horizon": 32}), (hac.Agent, {"hindsight": 0.5, "middle_extr": 0.5})]
 
 
 def name(value) -> str:
@@ -124,7 +126,8 @@ def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     assert len(json.loads((tmp_path / "eval.json").read_text())["scores"]) == 1
     pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
     assert len({step for step, _ in pictures}) > 1  # while it trained, too
-    goals = agent.picture_goal is director.Director.picture_goal and "agent" not in flags
+    goals = agent.picture_goal is director.Director.picture_goal and (
+        director.load(tmp_path, agent).manager)
     assert {name for _, name in pictures} == {"episode", "openloop", *(["worker"] if goals else [])}
 
 
@@ -164,14 +167,17 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (planner.Agent, ["--candidates=9"], "must be from 20"),
     (options.Agent, ["--options=0"], "--options 0: must be from 1"),
     (options.Agent, ["--option_cost=-1"], "must be from 0"),
-    (options.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'")])
+    (options.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (hac.Agent, ["--top_duration=3"], "--horizon: no multiple of --goal_duration * --top_duration"),
+    (hac.Agent, ["--hindsight=2"], "must be from 0 to 1"),
+    (hac.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'")])
 def test_bad_flags_get_one_line(agent, flags, words, capsys):
     assert director.main(flags, agent) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("task", ["Grid-v0", "Corridor-v0"])
+@pytest.mark.parametrize("task", ["Grid-v0", "Corridor-v0", "LongCorridor-v0"])
 def test_the_small_worlds_pass_the_gymnasium_checker(task):
     check_env(gymnasium.make(task, disable_env_checker=True).unwrapped, skip_render_check=True)
 
