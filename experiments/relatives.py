@@ -28,6 +28,7 @@ from variants import (
     Grid,
     diayn,
     disagreement,
+    dyna_q,
     feudal,
     gaussian,
     hac,
@@ -35,6 +36,7 @@ from variants import (
     higl,
     options,
     planner,
+    prioritized,
     same_episode,
 )
 
@@ -86,6 +88,17 @@ class OptionsShuffled(options.Agent):
         return {"worker": {**traj, "option": traj["option"].roll(traj["option"].shape[1] // 2, 1)}}
 
 
+class Again(dyna_q.Agent):
+    """Dyna-Q that learns from the replayed transitions again in place of imagined ones."""
+
+    def learn(self, index, steps):
+        if index == 0:
+            self.replayed = steps
+        return super().learn(index, self.replayed)
+
+
+CORRIDOR = ["--task=gym_Corridor-v0", "--steps=1900"]
+
 AGENTS = {  # name: agent, flags
     "director": (director.Director, []),
     "director, 8x4 latents": (director.Director, ["--stoch=8"]),
@@ -122,6 +135,19 @@ AGENTS = {  # name: agent, flags
     "long corridor, flat": (director.Director, [*LONG, "--agent=dreamer"]),
     "long corridor, hac": (hac.Agent, [*HAC, *LONG]),
     "long corridor, hac, hindsight": (hac.Agent, [*HAC, *LONG, "--hindsight=1"]),
+    "dyna_q": (dyna_q.Agent, []),
+    "dyna_q, no planning": (dyna_q.Agent, ["--planning=0"]),
+    "dyna_q, replayed again": (Again, []),
+    "dyna_q, corridor": (dyna_q.Agent, CORRIDOR),
+    "dyna_q, corridor, no planning": (dyna_q.Agent, [*CORRIDOR, "--planning=0"]),
+    "dyna_q, corridor, replayed again": (Again, CORRIDOR),
+    "prioritized": (prioritized.Agent, []),
+}
+RARE = {  # name: agent, flags, of models that learn from a fixed replay
+    "rare, uniform": (director.Director, []),
+    "rare, prioritized": (prioritized.Agent, []),
+    "rare, prioritized by visits": (prioritized.Agent, ["--priority_alpha=0"]),
+    "rare, prioritized by errors": (prioritized.Agent, ["--priority_c=0"]),
 }
 TELL_TALES = ("goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec",
               "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward",
@@ -271,27 +297,31 @@ def obeyed(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
     return dict(zip(("last", "other"), np.mean(found, 0).tolist(), strict=True))
 
 
+def half_walks(replay: director.Replay, side: int, amount: int, seed: int):
+    """Add random walks of 32 steps in one half of the grid, each from some cell of it."""
+    rng, env = np.random.default_rng(seed), Grid()
+    for _ in range(amount):
+        obs, _ = env.reset()
+        env.cell = np.array([3 * side, 0]) + rng.integers((3, 6))
+        action = 0
+        for t in range(33):
+            obs = np.eye(6, dtype=np.float32)[env.cell].flatten()
+            row = {"state": obs, "action": np.eye(5, dtype=np.float32)[action] * (t > 0),
+                   "reward": np.float32(0), "is_first": t == 0, "is_last": t == 32,
+                   "is_terminal": False}
+            replay.add({key: np.array(value)[None] for key, value in row.items()})
+            action = int(rng.integers(5))
+            before = env.cell
+            env.step(action)
+            if env.cell[0] // 3 != side:
+                env.cell, action = before, 0  # a wall, as if it had stayed
+
+
 def half_world(name: str, seed: int) -> dict:
     """Disagreement on both halves of the grid of an agent that has seen only the one."""
-    replays = []
+    replays = [director.Replay(10**6, seed) for _ in range(2)]
     for side in range(2):
-        replay, rng, env = director.Replay(10**6, seed), np.random.default_rng(seed), Grid()
-        for _ in range(40):
-            obs, _ = env.reset()
-            env.cell = np.array([3 * side, 0]) + rng.integers((3, 6))
-            action = 0
-            for t in range(33):
-                obs = np.eye(6, dtype=np.float32)[env.cell].flatten()
-                row = {"state": obs, "action": np.eye(5, dtype=np.float32)[action] * (t > 0),
-                       "reward": np.float32(0), "is_first": t == 0, "is_last": t == 32,
-                       "is_terminal": False}
-                replay.add({key: np.array(value)[None] for key, value in row.items()})
-                action = int(rng.integers(5))
-                before = env.cell
-                env.step(action)
-                if env.cell[0] // 3 != side:
-                    env.cell, action = before, 0  # a wall, as if it had stayed
-        replays.append(replay)
+        half_walks(replays[side], side, 40, seed)
     config = disagreement.Config(**director.parse_args(
         [*GRID, f"--disagreement_target={name.split()[-1]}"], disagreement.Config))
     torch.manual_seed(seed)
@@ -319,17 +349,60 @@ def half_world(name: str, seed: int) -> dict:
             "untrained_new": untrained[1], "known": known, "new": new}
 
 
+def rare(name: str, seed: int) -> dict:
+    """How fast a model learns of what is new and rare in its replay.
+
+    It learns from 40 walks in the one half of the grid. After 100 gradient steps 2 walks in the
+    other half arrive. errors: gradient steps since then, with the model's errors (its loss without
+    the KL) on 40 other walks there, and on 40 in the old half.
+    """
+    agent, flags = RARE[name]
+    config = agent.Config(**director.parse_args(
+        [*GRID, "--agent=dreamer", *flags], agent.Config))
+    torch.manual_seed(seed)
+    made = agent(director.spaces.Dict({"state": Grid.observation_space}), Grid.action_space, config)
+    made.imagine = made.views = lambda _: {}  # the model alone learns
+    replay, tests = agent.Replay(10**6, seed), []
+    replay.agent = made
+    half_walks(replay, 0, 40, seed)
+    for side in (1, 0):
+        other = director.Replay(10**6)
+        half_walks(other, side, 40, seed + 1000)
+        tests.append(made.tensors({key: np.stack([x[key] for x in other.episodes.values()])
+                                   for key in other.episodes[0]}))
+
+    def error(batch: dict) -> float:
+        with torch.no_grad():
+            before = made.world_model.kl_adapt.scale.clone()
+            _, _, metrics = made.world_model.loss(batch)
+            made.world_model.kl_adapt.scale.copy_(before)
+        return float(sum(metrics[f"{key}_loss"] for key in ("state", "reward", "cont")))
+
+    result = {"agent": name, "seed": seed, "errors": {}}
+    for step in range(141):
+        if step == 100:
+            half_walks(replay, 1, 2, seed + 2000)
+        if step - 100 in (0, 5, 10, 20, 40):
+            result["errors"][step - 100] = [error(batch) for batch in tests]
+        made.train_step(replay.sample(8, 32))
+    return result
+
+
 def relative(name: str, seed: int) -> dict:
     (agent, flags), start = AGENTS[name], time.time()
     with tempfile.TemporaryDirectory() as logdir:
-        run(logdir, agent, [*flags, f"--seed={seed}", "--steps=8200"])
+        run(logdir, agent, ["--steps=8200", f"--seed={seed}", *flags])
         text = (pathlib.Path(logdir) / "run/metrics.jsonl").read_text()
         lines = [json.loads(x) for x in text.splitlines()]
-        scores = [x["episode/score"] for x in lines if "episode/score" in x]
-        curve = np.array_split(scores, 8)  # from 1,000 steps to the next, about
+        ends, scores = zip(*[(x["step"], x["episode/score"]) for x in lines
+                             if "episode/score" in x], strict=True)
         logged = [x for x in lines if "train/model_loss" in x]
+        curve = np.array_split(scores, 8)  # from 1,000 steps to the next, about
         result = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
                   "curve": [np.mean(part) for part in curve], "seconds": time.time() - start}
+        result["return_by"] = {  # gradient steps: mean over all episodes that ended until then
+            n: np.mean([score for end, score in zip(ends, scores, strict=True)
+                        if 1000 < end <= 1000 + 8 * n]) for n in (50, 100, 200, 400)}
         for key in TELL_TALES:
             if f"train/{key}" in logged[-1]:
                 result[key] = [x[f"train/{key}"] for x in (logged[0], logged[-1])]
@@ -417,9 +490,10 @@ def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps:
             results = itertools.chain(planners("director", seed), planners("flat", seed))
         else:
             halves = [f"half world, {target}" for target in ("stoch", "embed", "deter")]
-            names = [x for x in (*halves, *AGENTS) if not only or {x, x.split(",")[0]} & {*only}]
+            names = [x for x in (*halves, *RARE, *AGENTS) if not only or {x, x.split(",")[0]} & {*only}]
             names = [x for x in names if (x, seed) not in [(y["agent"], y["seed"]) for y in done]]
-            results = (relative(x, seed) if x in AGENTS else half_world(x, seed) for x in names)
+            results = ((relative if x in AGENTS else rare if x in RARE else half_world)(x, seed)
+                       for x in names)
         for result in results:
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -430,7 +504,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[], metavar="AGENT",
-                        help="some of: half world; " + "; ".join(AGENTS))
+                        help="some of: half world; rare; " + "; ".join(AGENTS))
     parser.add_argument("--out", default="relatives.jsonl")
     parser.add_argument("--planner", action="store_true", help="search, instead")
     parser.add_argument("--time_steps", action="store_true", help="time train steps, instead")

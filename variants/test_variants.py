@@ -39,6 +39,7 @@ from test_director import (
 from variants import (
     diayn,
     disagreement,
+    dyna_q,
     feudal,
     gaussian,
     hac,
@@ -47,6 +48,7 @@ from variants import (
     options,
     parallel,
     planner,
+    prioritized,
     same_episode,
     search,
 )
@@ -66,7 +68,9 @@ VARIANTS = [  # agent, flags
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
     (gaussian.Agent, {}),
     (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0}),
-    (hac.Agent, {"horizon": 32}), (hac.Agent, {"hindsight": 0.5, "middle_extr": 0.5})]
+    (hac.Agent, {"horizon": 32}), (hac.Agent, {"hindsight": 0.5, "middle_extr": 0.5}),
+    (dyna_q.Agent, {}), (dyna_q.Agent, {"planning": 0}),
+    (prioritized.Agent, {}), (prioritized.Agent, {"agent": "dreamer"})]
 
 
 def name(value) -> str:
@@ -84,6 +88,10 @@ def make(made, space=DISCRETE, **flags):
 @pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE], ids=name)
 @pytest.mark.parametrize(("agent", "flags"), VARIANTS, ids=name)
 def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, flags, space):
+    if agent is dyna_q.Agent and space is CONTINUOUS:
+        with pytest.raises(director.UserError, match="discrete"):
+            make(agent, space, **flags)
+        return
     agent = make(agent, space, **flags)
     owned = [p for optimizer in agent.optimizers.values() for p in optimizer.params]
     assert len(owned) == len(set(owned)) == sum(p.requires_grad for p in agent.parameters())
@@ -163,6 +171,10 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (diayn.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
     (disagreement.Agent, ["--batch_length=1"], "has to be more than 1"),
     (disagreement.Agent, ["--members=1"], "must be from 2"),
+    (dyna_q.Agent, ["--agent=director"], "invalid choice: 'director'"),
+    (dyna_q.Agent, ["--batch_length=1"], "has to be more than 1"),
+    (dyna_q.Agent, ["--epsilon=2"], "must be from 0 to 1"),
+    (prioritized.Agent, ["--priority_beta=2"], "must be from 0 to 1"),
     (planner.Agent, ["--planner=codes", "--agent=dreamer"], "a flat agent has none"),
     (planner.Agent, ["--candidates=9"], "must be from 20"),
     (options.Agent, ["--options=0"], "--options 0: must be from 1"),
