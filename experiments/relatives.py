@@ -34,6 +34,7 @@ from variants import (
     hac,
     hdreamer,
     higl,
+    hindsight,
     options,
     planner,
     prioritized,
@@ -115,6 +116,8 @@ AGENTS = {  # name: agent, flags
     "diayn": (diayn.Agent, []),
     "diayn, worker unpaid": (unpaid(diayn.Agent), []),
     "diayn for the task": (diayn.Agent, ["--skills_for=task"]),
+    "hindsight": (hindsight.Agent, []),
+    "hindsight, none": (hindsight.Agent, ["--her=0"]),
     "disagreement": (disagreement.Agent, []),
     "disagreement, flat": (disagreement.Agent, ["--agent=dreamer"]),
     "hdreamer": (hdreamer.Agent, ["--bottom_stoch=4", "--bottom_classes=4"]),
@@ -315,6 +318,59 @@ def half_walks(replay: director.Replay, side: int, amount: int, seed: int):
             env.step(action)
             if env.cell[0] // 3 != side:
                 env.cell, action = before, 0  # a wall, as if it had stayed
+def reaching(agent: director.Director, replay: director.Replay) -> dict[str, float]:
+    """Shares of goals that are reached within K steps by the worker, and by random actions.
+
+    manager: its goals, in imagination; seen: states from 1 to K steps later in replay, there, too,
+    both of those that are not reached at the start. grid: in the grid itself, after 30 random
+    steps, cells of replayed states that are from 1 to K moves away, the states being the goals.
+    """
+    k, dist, choose, found = agent.config.goal_duration, agent.worker.dist, agent.choose, {}
+    limit = getattr(agent.config, "reached", hindsight.Config.reached)
+
+    def random(feat):
+        return director.OneHot(torch.zeros(len(feat), 5))
+
+    for _ in range(8):
+        seen = states(agent, replay)
+        same = same_episode(seen["is_first"], k).flatten()
+        starts = {key: seen[key][:, :-k].flatten(0, 1)[same] for key in (
+            "deter", "stoch", "is_terminal")}
+        later = torch.arange(32 - k) + torch.randint(1, k + 1, (8, 32 - k))
+        goal = seen["deter"][torch.arange(8)[:, None], later].flatten(0, 1)[same]
+        for name, more in (("manager", {}), ("seen", {"goal": goal})):
+            for who, agent.worker.dist in (("worker", dist), ("random", random)):
+                with torch.no_grad():
+                    traj = agent.imagine({**starts, **more})
+                near = director.max_cosine(traj["goal"][0], traj["deter"][: k + 1]) > limit
+                found.setdefault(f"{name}_{who}", []).append(near[1:].any(0)[~near[0]].float())
+    found, agent.worker.dist = {key: float(torch.cat(x).mean()) for key, x in found.items()}, dist
+
+    pool = [states(agent, replay) for _ in range(4)]
+    deter = torch.cat([x["deter"].flatten(0, 1) for x in pool])
+    place = torch.cat([x["state"].flatten(0, 1) for x in pool]).unflatten(-1, (2, 6)).argmax(-1)
+    for who in ("worker", "random"):
+        agent.choose, rng = choose, np.random.default_rng(0)
+        with director.vector_envs(agent.config, 256) as envs:
+            driver, state, hit = director.Driver(envs, 0), None, False
+            for t in range(30 + k):
+                cell = torch.as_tensor(driver.rows["state"]).unflatten(-1, (2, 6)).argmax(-1)
+                if t == 30:
+                    moves = (cell[:, None] - place).abs().sum(-1)
+                    near = ((moves > 0) & (moves <= k)).numpy()
+                    goals = [rng.choice(np.flatnonzero(x)) for x in near]
+                    agent.choose = lambda state, count: {"goal": deter[goals]}  # noqa: B023
+                if t > 30:
+                    hit = hit | (cell == place[goals]).all(-1)
+                action, state = agent.policy(driver.rows, state)
+                if t < 30 or who == "random":
+                    action = torch.as_tensor(driver.random(), dtype=torch.float32)
+                    state["action"] = action
+                driver.step(action.numpy())
+            cell = torch.as_tensor(driver.rows["state"]).unflatten(-1, (2, 6)).argmax(-1)
+            found[f"grid_{who}"] = float((hit | (cell == place[goals]).all(-1)).float().mean())
+    agent.choose = choose
+    return found
 
 
 def half_world(name: str, seed: int) -> dict:
@@ -394,15 +450,15 @@ def relative(name: str, seed: int) -> dict:
         run(logdir, agent, ["--steps=8200", f"--seed={seed}", *flags])
         text = (pathlib.Path(logdir) / "run/metrics.jsonl").read_text()
         lines = [json.loads(x) for x in text.splitlines()]
-        ends, scores = zip(*[(x["step"], x["episode/score"]) for x in lines
-                             if "episode/score" in x], strict=True)
+        times, scores = zip(*[(x["step"], x["episode/score"]) for x in lines
+                              if "episode/score" in x], strict=True)
         logged = [x for x in lines if "train/model_loss" in x]
         curve = np.array_split(scores, 8)  # from 1,000 steps to the next, about
         result = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
                   "curve": [np.mean(part) for part in curve], "seconds": time.time() - start}
         result["return_by"] = {  # gradient steps: mean over all episodes that ended until then
-            n: np.mean([score for end, score in zip(ends, scores, strict=True)
-                        if 1000 < end <= 1000 + 8 * n]) for n in (50, 100, 200, 400)}
+            n: np.mean([score for step, score in zip(times, scores, strict=True)
+                        if 1000 < step <= 1000 + 8 * n]) for n in (50, 100, 200, 400)}
         for key in TELL_TALES:
             if f"train/{key}" in logged[-1]:
                 result[key] = [x[f"train/{key}"] for x in (logged[0], logged[-1])]
@@ -414,6 +470,8 @@ def relative(name: str, seed: int) -> dict:
             result["distances_untrained"] = distances(made, replay)
         if name.startswith("hac"):
             result["obeyed"] = obeyed(made, replayed(logdir, made))
+        if name.startswith("hindsight") or name == "director":
+            result["reaching"] = reaching(made, replayed(logdir, made))
         if name.startswith("diayn"):
             result["end_entropy"], result["end_entropy_given_skill"] = ends(made)
         if name.startswith("options"):
@@ -455,10 +513,12 @@ def planners(name: str, seed: int):
 
 def speed(rounds: int = 15):
     """Milliseconds of a train step at xs, pixels, discrete and continuous; agents take turns."""
-    names = ["director", "feudal", "higl", "diayn", "disagreement", "options", "flat",
-             "disagreement, flat"]
+    names = ["director", "feudal", "higl", "diayn", "disagreement", "hindsight", "options", "hac",
+             "prioritized", "hdreamer", "gaussian", "flat", "disagreement, flat", "dyna_q"]
     rng, space = np.random.default_rng(0), director.spaces.Dict({"image": director.IMAGE})
     for actions in (director.spaces.Discrete(5), director.spaces.Box(-1, 1, (6,), np.float32)):
+        if isinstance(actions, director.spaces.Box):
+            names.remove("dyna_q")  # which has none of these
         size = int(actions.n) if isinstance(actions, director.spaces.Discrete) else 6
         batch = {"image": rng.integers(0, 256, (8, 32, 64, 64, 3), np.uint8),
                  "action": np.eye(size, dtype=np.float32)[rng.integers(size, size=(8, 32))],
@@ -467,6 +527,7 @@ def speed(rounds: int = 15):
         agents = []
         for name in names:
             agent, flags = AGENTS[name]
+            flags = [] if name == "hdreamer" else flags  # those are for the grid
             flags = director.parse_args(flags, agent.Config)
             config = agent.Config(size="xs", device="cpu", **flags)
             agents.append(agent(space, actions, config))
@@ -490,7 +551,8 @@ def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps:
             results = itertools.chain(planners("director", seed), planners("flat", seed))
         else:
             halves = [f"half world, {target}" for target in ("stoch", "embed", "deter")]
-            names = [x for x in (*halves, *RARE, *AGENTS) if not only or {x, x.split(",")[0]} & {*only}]
+            names = [x for x in (*halves, *RARE, *AGENTS)
+                     if not only or {x, x.split(",")[0]} & {*only}]
             names = [x for x in names if (x, seed) not in [(y["agent"], y["seed"]) for y in done]]
             results = ((relative if x in AGENTS else rare if x in RARE else half_world)(x, seed)
                        for x in names)
