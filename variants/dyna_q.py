@@ -1,6 +1,6 @@
 """Dyna-Q: learn values from what happened, and from what would have (Sutton, 1990).
 
-Dyna learns from each step that it makes, learns a model of the world from it, too, and then *plans*:
+Dyna learns from each step that it makes, learns a model of the world from it, too, and then plans:
 it makes a few steps in the model, from states that it has seen, and learns from them alike.
 
     python -m variants.dyna_q --task pinpad_three [--planning 0]      discrete actions only

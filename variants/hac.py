@@ -106,7 +106,7 @@ class Agent(director.Director):
             reached = goals.encode(traj["deter"][1:]).rsample().flatten(-2)  # [n, N, GL]
         some = torch.rand_like(traj["cont"][0, :, None]) < self.config.hindsight
         action = torch.where(some, reached, traj["action"][:-1])
-        return {**traj, "action": torch.cat([action, traj["action"][-1:]])}  # the last earns nothing
+        return {**traj, "action": torch.cat([action, traj["action"][-1:]])}  # it earns nothing
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
         span = self.config.goal_duration * self.config.top_duration

@@ -1,6 +1,8 @@
 """What a user of the variants can rely on: mechanisms and formulas; returns are in experiments/."""
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -592,6 +594,834 @@ def test_search_does_what_pays_in_the_model(way):
     agent.config.planner = "none"
     found = torch.cat([agent.policy(obs, mode="eval")[0] for _ in range(5)]).argmax(-1)
     assert (found != 2).any()
+
+
+# ---- Hindsight ------------------------------------------------------------------------------
+
+
+def script(steps=12):
+    """Three chunks whose states tell chunk and step; a second episode in the last one."""
+    deter = torch.zeros(3, steps, 16)
+    deter[..., 0], deter[..., 1] = torch.arange(3)[:, None], torch.arange(steps)
+    is_first = torch.zeros(3, steps, dtype=torch.bool)
+    is_first[:, 0] = is_first[2, 5] = True
+    return {"deter": deter, "stoch": torch.randn(3, steps, 16), "is_first": is_first,
+            "action": torch.eye(5)[torch.randint(5, (3, steps))],
+            "is_terminal": torch.zeros(3, steps, dtype=torch.bool)}
+
+
+@pytest.fixture
+def only_worker(monkeypatch):
+    """train_goals trains no goal autoencoder."""
+    monkeypatch.setattr(director.Director, "train_goals", lambda agent, states: {})
+
+
+def test_goals_in_hindsight_are_all_that_comes_later_in_the_episode_and_nothing_else():
+    torch.manual_seed(0)
+    states = script()
+    goals = hindsight.later_states(states["deter"], states["is_first"], 300)
+    assert goals.shape == (300, 3, 11, 16)
+    for b, t in itertools.product(range(3), range(11)):
+        end = 5 if b == 2 and t < 5 else 12
+        assert (goals[:, b, t, 0] == b).all()
+        found, counts = goals[:, b, t, 1].unique(return_counts=True)
+        if t + 1 < end:  # else it is masked
+            assert found.tolist() == list(range(t + 1, end))
+            assert counts.min() > 0.4 * 300 / len(found)
+
+
+@pytest.mark.parametrize("space", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
+def test_q_is_trained_towards_what_a_loop_says_under_own_and_later_goals(
+        space, monkeypatch, only_worker):
+    agent = make(hindsight.Agent, space, her=2, goal_duration=4, horizon=8, reached=0.8)
+    states, own, later = script(), torch.randn(3, 11, 16), torch.randn(2, 3, 11, 16)
+    if not agent.discrete:
+        states["action"] = torch.randn(3, 12, 3)
+    states["deter"] = torch.randn(3, 12, 16)
+    states["is_terminal"][1, 11] = states["is_terminal"][2, 4] = states["is_terminal"][0, 6] = True
+    own[0, 3], later[0, 1, 2] = states["deter"][0, 4], states["deter"][1, 3]  # these are reached
+    later[1, 1, 7] = states["deter"][1, 7]  # not this: it is where one starts
+    monkeypatch.setattr(hindsight, "later_states", lambda *args: later)
+    agent.goals.decode.forward = lambda code: own.flatten(0, 1)
+    for param in agent.slow.parameters():  # no copy of the worker
+        param += 0.3 * torch.randn_like(param)
+    agent.grad_steps, losses = 2, []
+    worker, slow = agent.worker, agent.slow
+    worker.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.train_goals(states)
+
+    def q(nets, b, t, goal, action):
+        x = torch.cat([states["deter"][b, t], states["stoch"][b, t], goal])
+        x = (x if agent.discrete else torch.cat([x, action]))[None]
+        return nets.q(x)[0, action.argmax()] if agent.discrete else nets.q(x)[0]
+
+    def actor(nets, b, t, goal):
+        x = torch.cat([states["deter"][b, t], states["stoch"][b, t], goal])
+        return nets.actor(x[None])[0].tanh()
+
+    expected, climbed, paid, clipped = 0.0, 0.0, 0, 0
+    for goals, b, t in itertools.product([own, *later], range(3), range(11)):
+        if states["is_first"][b, t + 1]:
+            continue
+        goal, there = goals[b, t], states["deter"][b, t + 1]
+        cosine = goal @ there / max(goal @ goal, there @ there)
+        if agent.discrete:
+            future = max(float(q(slow, b, t + 1, goal, action)) for action in torch.eye(5))
+        else:
+            future = float(q(slow, b, t + 1, goal, actor(slow, b, t + 1, goal)))
+            climbed += q(slow, b, t, goal, actor(worker, b, t, goal)) / 99
+        paid, clipped = paid + int(cosine > 0.8), clipped + int(not 0 <= future <= 1)
+        ends = states["is_terminal"][b, t + 1]
+        target = 1.0 if cosine > 0.8 else 0.0 if ends else 0.75 * min(max(future, 0), 1)
+        expected += (q(worker, b, t, goal, states["action"][b, t + 1]) - target) ** 2 / 99
+    assert paid == 2 and clipped > 0
+    close(losses[0], expected - climbed, rtol=1e-4)
+    # The actor's gradient reaches nothing but the actor, and Q's nothing but Q.
+    assert all(x.grad is None for x in agent.slow.parameters())
+    params = list(worker.q.parameters())
+    for found, wanted in zip(torch.autograd.grad(losses[0], params, retain_graph=True),
+                             torch.autograd.grad(expected, params), strict=True):
+        close(found, wanted, rtol=1e-3, atol=1e-6)
+    if not agent.discrete:
+        params = list(worker.actor.parameters())
+        for found, wanted in zip(torch.autograd.grad(losses[0], params),
+                                 torch.autograd.grad(-climbed, params), strict=True):
+            close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_a_transition_has_its_own_goal_from_the_manager_in_the_state_it_starts_from(only_worker):
+    agent = make(hindsight.Agent, her=1, goal_duration=4, horizon=8)
+    states, seen, losses = script(), [], []
+    agent.pick = lambda state: seen.append(state) or state["deter"]
+    agent.goals.decode.forward = lambda code: seen.append(code) or code.requires_grad_()
+    agent.worker.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.train_goals(states)
+    assert torch.equal(seen[0]["stoch"], states["stoch"][:, :-1].reshape(33, 16))
+    assert torch.equal(seen[1], states["deter"][:, :-1].reshape(33, 16))
+    assert torch.autograd.grad(losses[0], seen[1], allow_unused=True) == (None,)
+
+
+def test_the_slow_worker_becomes_the_worker_every_so_many_steps():
+    agent = make(hindsight.Agent, CONTINUOUS, slow_every=3)
+    batch = random_batch(np.random.default_rng(0), 2, 9, False, 3)
+    for step in range(5):
+        before = [copy.deepcopy(x.state_dict()) for x in (agent.worker, agent.slow)]
+        agent.train_step(batch)
+        for key, value in agent.slow.state_dict().items():
+            assert torch.equal(value, before[0 if step % 3 == 0 else 1][key])
+    assert not torch.equal(agent.worker.actor.out.weight, agent.slow.actor.out.weight)
+
+
+def test_noise_is_in_what_is_sampled_and_never_in_an_evaluation():
+    feat = torch.randn(20_000, 48)
+    for space, noise in itertools.product((DISCRETE, CONTINUOUS), (0.0, 0.3)):
+        agent = make(hindsight.Agent, space, noise=noise)
+        dist, best = agent.worker.dist(feat), agent.worker.best(feat)
+        close(dist.mode, best)
+        off = dist.rsample() - best
+        if agent.discrete:
+            assert torch.equal(best.argmax(-1), agent.worker.q(feat).argmax(-1))
+            share = off.abs().amax(-1).mean().detach()  # a random action is the best one, too
+            assert abs(float(share) - noise * 4 / 5) < 0.015
+        else:
+            close(best, agent.worker.actor(feat).tanh())
+            assert abs(float(off.std().detach()) - noise) < 0.01
+    obs = {"image": np.zeros((50, 64, 64, 3), np.uint8)}
+    for space, mode in itertools.product((DISCRETE, CONTINUOUS), ("eval", "train")):
+        agent = make(hindsight.Agent, space, noise=0.9)
+        action, state = agent.policy(obs, mode=mode)
+        exact = torch.equal(action, agent.worker.best(agent.worker.feat(state)))
+        assert exact == (mode == "eval")
+
+
+def test_reaching_a_goal_pays_1_in_imagination_and_the_worker_is_not_trained_there():
+    agent = make(hindsight.Agent, horizon=8, reached=0.5)
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    near = director.max_cosine(traj["goal"][:-1], traj["deter"][1:])
+    paid = agent.reward_goal(traj)
+    assert torch.equal(paid, (near > 0.5).float()) and list(agent.views(traj)) == ["manager"]
+    assert not any(value.requires_grad for value in traj.values())
+    close(agent.train_imagined(traj)["goal_reward_last"], paid[7::8].mean())
+    goal, deter = tensor([[1, 0]] * 3), tensor([[9, 9], [1, 0.1], [1, 3]])
+    assert agent.reward_goal({"goal": goal, "deter": deter}).tolist() == [1, 0]
+
+
+def test_hindsight_teaches_the_way_to_goals_where_goals_alone_never_pay(only_worker):
+    """The tell-tale, in seconds: a line of eight places; the manager's goals lie outside of it."""
+    reached, moves = [], torch.tensor([0, 1, -1, 1, -1])
+    for her in (4, 0):
+        agent, gen = make(hindsight.Agent, her=her, learning_rate=1e-2, units=32, slow_every=10,
+                          noise=0.0), torch.manual_seed(0)
+        places, no = 3 * torch.eye(16)[:8], torch.zeros(8, 20, dtype=torch.bool)
+        agent.pick = lambda state: torch.zeros(len(state["deter"]), 64)
+        agent.goals.decode.forward = lambda code: -torch.ones(len(code), 16)
+        for _ in range(200):
+            agent.grad_steps += 1
+            action = torch.randint(5, (8, 20), generator=gen)
+            place = [torch.randint(8, (8,), generator=gen)]
+            for t in range(1, 20):
+                place.append((place[-1] + moves[action[:, t]]).clamp(0, 7))
+            agent.train_goals({
+                "deter": places[torch.stack(place, 1)], "stoch": torch.zeros(8, 20, 16),
+                "action": torch.eye(5)[action], "is_first": no, "is_terminal": no})
+        here, goal = torch.arange(8).repeat_interleave(8), torch.arange(8).repeat(8)
+        for _ in range(8):
+            feat = torch.cat([places[here], torch.zeros(64, 16), places[goal]], -1)
+            here = (here + moves[agent.worker.dist(feat).mode.argmax(-1)]).clamp(0, 7)
+        reached.append(float((here == goal).float().mean()))
+    assert reached[0] > 0.5 and reached[1] < 0.25, reached
+
+
+# ---- Options --------------------------------------------------------------------------------
+
+# Two states, two options: option 0 stays, option 1 goes to the other state.
+BETA = np.array([[0.3, 0.8], [0.6, 0.1]])  # state, option
+PICK = np.array([[0.7, 0.3], [0.4, 0.6]])
+REWARD, CONT, DISCOUNT = np.array([1.0, -2.0]), np.array([0.9, 0.7]), 0.3  # of the state reached
+
+
+def option_values(beta, pick, bonus):
+    """Q [state, option], by solving a linear system; a pick in state s earns bonus[s]."""
+    system, right = np.eye(4), np.zeros(4)
+    for s, w in itertools.product(range(2), range(2)):
+        s2, row = s ^ w, 2 * s + w
+        d, end = DISCOUNT * CONT[s2], beta[s2, w]
+        right[row] = REWARD[s2] + d * end * bonus[s2]
+        system[row, 2 * s2 + w] -= d * (1 - end)
+        system[row, 2 * s2 : 2 * s2 + 2] -= d * end * pick[s2]
+    return np.linalg.solve(system, right).reshape(2, 2)
+
+
+def entropies(pick):
+    return -(pick * np.log(pick)).sum(-1)
+
+
+def every_way(horizon):
+    """All trajectories of the two states: [H+1, N], with their probabilities given the start."""
+    columns = []
+    for start, *ways in itertools.product(range(2), *[range(2)] * (horizon + 1)):
+        states, chance, ends = [start], 1.0, [1.0]
+        for t in range(horizon):
+            s, w, after = states[-1] ^ ways[t], ways[t], ways[t + 1]
+            chance *= (1 - BETA[s, w]) * (after == w) + BETA[s, w] * PICK[s, after]
+            states.append(s)
+            ends.append(BETA[s, w])
+        columns.append((states, ways, ends, chance))
+    states, ways, ends, chance = map(np.array, zip(*columns, strict=True))
+    traj = {"deter": torch.eye(16)[states.T], "stoch": torch.zeros(horizon + 1, len(states), 16),
+            "option": torch.eye(2)[ways.T], "beta": tensor(ends.T), "pick": tensor(PICK[states.T]),
+            "cont": tensor(CONT[states.T]), "reward_extr": tensor(REWARD[states.T[1:]]),
+            "action": torch.eye(5)[ways.T]}
+    return traj, states.T, ways.T, chance
+
+
+def two_states(table, **flags):
+    """An agent whose slow critic has these Q, and whose advantages are taken as they are."""
+    agent = make(options.Agent, options=2, discount=DISCOUNT, **flags)
+    worker = agent.worker
+    worker.slow["extr"].forward = lambda feat: director.symlog(
+        torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table)))
+    worker.gapnorm.forward = lambda x, update=True: x
+    logits = tensor(np.log(PICK))
+    worker.over.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], logits)
+    worker.pick = lambda state: director.OneHot(worker.over(state))
+    return agent
+
+
+def test_options_are_worth_going_on_and_picking_anew_by_hand():
+    agent = two_states([[1, 2], [3, 5]], lam=0.5, option_entropy=0)
+    at, option = [0, 1, 1], [1, 0, 0]
+    traj = {"deter": torch.eye(16)[at][:, None], "stoch": torch.zeros(3, 1, 16),
+            "option": torch.eye(2)[option][:, None], "pick": tensor(PICK[at])[:, None],
+            "beta": tensor([1, 0.1, 0.6])[:, None], "cont": torch.ones(3, 1),
+            "reward_extr": tensor([10, 20])[:, None]}
+    ret, value = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+    close(value, [[2], [3]])  # Q of the options that act
+    # V of state 1 is 0.4 * 3 + 0.6 * 5 = 4.2. With option 1 it is worth 0.9 * 5 + 0.1 * 4.2 = 4.92
+    # to arrive there, with option 0 it is 0.4 * 3 + 0.6 * 4.2 = 3.72.
+    last = 20 + 0.3 * 3.72
+    close(ret, [[10 + 0.3 * (0.5 * 4.92 + 0.5 * last)], [last]])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("entropy", [0.0, 2.0])
+def test_true_option_values_are_what_their_returns_are_on_average(entropy, lam):
+    """Over all ways that a trajectory can go, each with its chance; the values solve the chain."""
+    table = option_values(BETA, PICK, entropy * entropies(PICK))
+    traj, states, ways, chance = every_way(3)
+    agent = two_states(table, lam=lam, option_entropy=entropy)
+    ret, value = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+    close(value, table[states, ways][:-1], rtol=1e-4)
+    for t, s, w in itertools.product(range(3), range(2), range(2)):
+        chosen = (states[t] == s) & (ways[t] == w)
+        mean = (ret[t].numpy() * chance)[chosen].sum() / chance[chosen].sum()
+        close(mean, table[s, w], rtol=1e-4)
+
+
+@pytest.mark.parametrize("entropy", [0.0, 2.0])
+def test_the_gradient_of_ending_is_that_of_the_option_values(entropy):
+    """Against finite differences of the values' linear system in each of the four chances."""
+    bonus, logits = entropy * entropies(PICK), np.log(BETA / (1 - BETA))
+    table, expected = option_values(BETA, PICK, bonus), np.zeros((2, 2))
+    for s, w in itertools.product(range(2), range(2)):
+        step = np.zeros((2, 2))
+        step[s, w] = 1e-4
+        high, low = (option_values(1 / (1 + np.exp(-x)), PICK, bonus).sum()
+                     for x in (logits + step, logits - step))
+        expected[s, w] = (high - low) / 2e-4
+    traj, states, ways, chance = every_way(8)
+    traj["cont"][0] = tensor(chance)  # a trajectory counts by its chance
+    agent, losses = two_states(table, option_entropy=entropy, option_cost=0), []
+    param = tensor(logits).requires_grad_()
+    agent.worker.end.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], param)
+    agent.worker.end.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.worker.over.optimizer.minimize = lambda loss: torch.zeros(())
+    agent.worker.learn(traj, copy_slow=False)
+    gradient, = torch.autograd.grad(losses[0], param, retain_graph=True)
+    close(-gradient * traj["reward_extr"].numel(), expected, rtol=1e-3, atol=1e-4)
+
+    agent.config.option_cost = 1.5  # of ending, where one gets to with an option
+    agent.worker.learn(traj, copy_slow=False)
+    dearer, = torch.autograd.grad(losses[1] - losses[0], param)
+    weights = director.trajectory_weights(traj["cont"], DISCOUNT)[1:].numpy()
+    for s, w in itertools.product(range(2), range(2)):
+        there = (states[1:] == s) & (ways[:-1] == w)
+        slope = BETA[s, w] * (1 - BETA[s, w])
+        close(dearer[s, w], 1.5 * slope * (weights * there).mean(), rtol=1e-4)
+
+
+def test_picks_go_to_options_that_are_worth_more_and_stay_uncertain():
+    table = np.array([[1.0, 4.0], [2.0, 1.0]])
+    traj, states, _, _ = every_way(2)
+    agent, losses = two_states(table, option_entropy=0.5), []
+    agent.worker.over.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.worker.end.optimizer.minimize = lambda loss: torch.zeros(())
+    param = tensor(np.log(PICK)).requires_grad_()
+    agent.worker.over.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], param)
+    agent.worker.learn(traj, copy_slow=False)
+    weights = director.trajectory_weights(traj["cont"], DISCOUNT).numpy()
+    gradient, = torch.autograd.grad(losses[0], param)
+    for s, w in itertools.product(range(2), range(2)):
+        worth = table[s] - 0.5 * np.log(PICK[s])  # Q - 0.5 log pi, whose mean is V with entropy
+        slope = PICK[s, w] * (worth[w] - (PICK[s] * worth).sum())
+        close(gradient[s, w], -slope * (weights * (states == s)).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_rewards_of_any_size_teach_the_same_ends_and_picks():
+    found = []
+    for size in (1, 1000):
+        agent = make(options.Agent, options=2, option_entropy=0.1, option_cost=0.2)
+        traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))
+        old = agent.worker.slow["extr"].forward
+        agent.worker.slow["extr"].forward = lambda feat, size=size, old=old: director.symlog(
+            size * old(feat))
+        traj["reward_extr"] = size * traj["reward_extr"]
+        for name in ("end", "over"):
+            getattr(agent.worker, name).optimizer.minimize = (
+                lambda loss: found[-1].append(loss.detach()) or torch.zeros(()))
+        found.append([])
+        agent.worker.learn(traj, copy_slow=False)
+        ret, _ = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+        found[-1].append(ret.mean() / size)
+    close(found[0], found[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("acting", [True, False])
+def test_an_option_ends_in_the_state_arrived_in_by_its_own_chance(acting):
+    """Option 0 never ends, 1 always, 2 where t is a multiple of 3; picks are 0, 1, 2 in turns."""
+    agent = make(options.Agent, options=3, horizon=8)
+    worker = agent.worker
+
+    def end(features):
+        where = features[:, :1]  # t
+        never, always = torch.full_like(where, -50), torch.full_like(where, 50)
+        return torch.cat([never, always, torch.where(where % 3 == 0, always, never)], -1)
+
+    worker.end.forward = end
+    picks = torch.eye(3)[[0, 1, 2]]
+    worker.pick = lambda features: type("", (), {"rsample": lambda _: picks, "probs": picks})()
+    agent.world_model.rssm.img_step = lambda deter, stoch, action: (deter + 1, stoch)
+    steps, state = [], starts_at(torch.zeros(3, 16), torch.zeros(3, 16))
+    if acting:
+        for t in range(9):
+            state["deter"] = torch.full((3, 16), float(t))
+            picks = torch.eye(3)[[0, 1, 2]].roll(t, 0)
+            state = {"count": np.zeros(3), **state}
+            state = agent.act(state, np.array([t == 0, t == 0, t in (0, 5)]), "train")
+            steps.append(state["option"].argmax(-1).tolist())
+        # Picks at time t: (0 - t, 1 - t, 2 - t) mod 3, used where the option before has ended.
+        assert [x[0] for x in steps] == [0] * 9
+        assert [x[1] for x in steps] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+        assert [x[2] for x in steps] == [2, 2, 2, 2, 2, 0, 0, 0, 0]  # anew at 5
+    else:
+        traj = agent.imagine(state)
+        assert traj["option"].argmax(-1)[:, 1].tolist() == [1] * 9  # picked again in each state
+        close(traj["beta"], [[1, 1, 1]] + [[0, 1, t % 3 == 0] for t in range(1, 9)])
+
+
+def test_options_last_as_long_as_beta_says_and_an_episode_picks_anew():
+    agent = make(options.Agent, options=4)
+    agent.worker.end.forward = lambda features: torch.full((len(features), 4), 0.25).logit()
+    agent.worker.over.forward = lambda features: torch.zeros(len(features), 4)
+    state, ended = {"deter": torch.zeros(4000, 16), "stoch": torch.zeros(4000, 16)}, []
+    before = agent.choose(state, np.zeros(4000))["option"]
+    close(before.mean(0), [0.25] * 4, atol=0.03)
+    count = np.where(np.arange(4000) < 2000, 0, 7)
+    chosen = agent.choose({**state, "option": before}, count)
+    close(chosen["beta"], np.where(count == 0, 1, 0.25))
+    close(chosen["pick"], np.full((4000, 4), 0.25))
+    ended = (chosen["option"] != before).any(-1).float()
+    assert float(ended[:2000].mean()) == pytest.approx(3 / 4, abs=0.04)
+    assert float(ended[2000:].mean()) == pytest.approx(3 / 16, abs=0.04)  # of 1/4, 1 of 4 the same
+
+
+def test_one_option_is_the_flat_agent():
+    agent = make(options.Agent, options=1, option_entropy=0.3, option_cost=0.1)
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    feat = agent.worker.feat(traj)
+    flat = director.ActorCritic.returns(agent.worker, "extr", feat, traj)
+    for found, expected in zip(agent.worker.returns("extr", feat, traj), flat, strict=True):
+        close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+def test_no_gradient_of_actions_leads_through_ends_and_picks(space):
+    agent = make(options.Agent, space)
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    assert not any(traj[key].requires_grad for key in ("option", "beta", "pick"))
+    assert traj["reward_extr"].requires_grad == (space is CONTINUOUS)
+    ret, _ = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+    assert ret.requires_grad == (space is CONTINUOUS)
+
+
+def test_options_learn_to_end_where_another_is_worth_more():
+    """The tell-tale, in seconds: option w is worth 1 more in state w; a high cost ends nothing."""
+    found = []
+    for cost in (0.1, 50):
+        agent = make(options.Agent, options=2, learning_rate=1e-2, discount=DISCOUNT,
+                     option_cost=cost, option_entropy=0.01)
+        worker, feats = agent.worker, torch.eye(32)[:2]
+        worker.slow["extr"].forward = lambda feat: (feat[..., :2] * feat[..., -2:]).sum(-1)
+        traj, *_ = every_way(2)
+        for _ in range(100):
+            traj["pick"] = worker.pick(worker.feat(traj)[..., :-2]).probs.detach()
+            worker.learn(traj, copy_slow=False)
+        found.append((worker.pick(feats).probs, worker.end(feats).sigmoid()))
+    (pick, end), (_, dear) = found
+    assert (pick.diagonal() > 0.9).all() and (end.diagonal() < 0.3).all(), (pick, end)
+    assert (end.flip(0).diagonal() > 0.7).all() and (dear < 0.3).all(), (end, dear)
+
+
+# ---- Three levels ---------------------------------------------------------------------------
+
+
+def counted(agent, steps=8):
+    """A trajectory whose states are 0, 1, 2 ...; goals are set every 2 steps, the top's every 4."""
+    time = torch.arange(steps + 1.0)
+    column = {"deter": time, "goal": time // 2 * 10, "skill": time // 2 * 10 + 1,
+              "top_goal": time // 4 * 100, "top_skill": time // 4 * 100 + 1}
+    traj = {key: value[:, None, None].expand(-1, 3, 1) for key, value in column.items()}
+    rewards = {f"reward_{name}": time[1:, None].expand(-1, 3) for name in ("goal", "reach", "extr")}
+    return {**traj, **rewards, "cont": torch.ones(steps + 1, 3)}
+
+
+class Scripted:
+    """A goal autoencoder whose code for a state is a number: the state and `plus`."""
+
+    def __init__(self, plus):
+        self.plus = plus
+
+    def encode(self, deter):
+        self.rsample = lambda: (deter + self.plus)[..., None]
+        return self
+
+
+def test_each_level_of_hac_sees_its_own_steps_goals_and_rewards():
+    agent = make(hac.Agent, goal_duration=2, top_duration=2, horizon=8, hindsight=0)
+    del agent.goals, agent.top_goals
+    agent.goals = agent.top_goals = Scripted(0)
+    views = {name: {key: value[:, ::3].reshape(len(value), -1).T.tolist()  # of three equal columns
+                    for key, value in view.items()}
+             for name, view in agent.views(counted(agent)).items()}
+    assert list(views) == ["worker", "manager", "top"]
+    worker, middle, top = views.values()
+    assert worker["deter"] == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8]]
+    assert worker["goal"] == [[0] * 3, [10] * 3, [20] * 3, [30] * 3]
+    assert worker["reward_goal"] == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert middle["deter"] == [[0, 2, 4], [4, 6, 8]]
+    assert middle["top_goal"] == [[0] * 3, [100] * 3]  # the last state's value is under it, too
+    assert middle["action"] == [[1, 11, 21], [21, 31, 41]]
+    assert middle["reward_reach"] == [[1.5, 3.5], [5.5, 7.5]]
+    assert top["deter"] == [[0, 4, 8]]
+    assert top["action"] == [[1, 101, 201]]
+    assert top["reward_extr"] == [[2.5, 6.5]]
+
+
+def test_hac_takes_the_codes_of_the_states_that_were_reached_for_the_actions():
+    agent = make(hac.Agent, goal_duration=2, top_duration=2, horizon=8, hindsight=1)
+    del agent.goals, agent.top_goals
+    agent.goals, agent.top_goals = Scripted(0.25), Scripted(0.5)
+    views = agent.views(counted(agent))
+    action = views["manager"]["action"].squeeze(-1)
+    assert action[:-1, ::3].T.tolist() == [[2.25, 4.25], [6.25, 8.25]]  # the last one earns nothing
+    assert views["top"]["action"][:-1, 0, 0].tolist() == [4.5, 8.5]
+    assert views["worker"]["skill"][0, ::3, 0].tolist() == [1, 11, 21, 31]  # these stay
+    agent.config.hindsight = 0.3
+    many = {key: value[:, :1].repeat_interleave(5000, 1) if value.dim() > 1 else value
+            for key, value in counted(agent).items()}
+    changed = agent.views(many)["top"]["action"][:-1, :, 0] == tensor([4.5, 8.5])[:, None]
+    assert torch.equal(*changed) and 0.27 < changed.float().mean() < 0.33
+
+
+@pytest.mark.parametrize("imagined", [True, False])
+def test_hac_levels_choose_at_their_own_times_and_the_middle_sees_the_new_goal(imagined):
+    agent, seen = make(hac.Agent, goal_duration=2, top_duration=3, horizon=12), []
+    pick = agent.pick
+    agent.pick = lambda state: seen.append(state["top_goal"]) or pick(state)
+    if imagined:
+        traj = agent.imagine(starts_at(*torch.randn(2, 3, 16)))
+        states = [{key: traj[key][t] for key in ("skill", "goal", "top_skill", "top_goal")}
+                  for t in range(13)]
+        counts = np.arange(13)[:, None].repeat(3, 1)
+    else:  # the second environment begins anew at step 3, the third at step 7
+        state, states, counts = None, [], []
+        for t in range(13):
+            first = np.array([t == 0, t in (0, 3), t in (0, 7)])
+            obs = {"image": np.zeros((3, 64, 64, 3), np.uint8), "is_first": first}
+            state = agent.policy(obs, state)[1]
+            states.append(state)
+            counts.append([t, t - 3 * (t >= 3), t - 7 * (t >= 7)])
+        counts = np.array(counts)
+    for t in range(13):
+        for env in range(3):
+            for key, every in (("skill", 2), ("top_skill", 6)):
+                if counts[t, env] % every:
+                    assert torch.equal(states[t][key][env], states[t - 1][key][env])
+    for key in ("goal", "top_goal"):  # continuous, so that a new one differs
+        every = 2 if key == "goal" else 6
+        code = "skill" if key == "goal" else "top_skill"
+        goals = agent.goals if key == "goal" else agent.top_goals
+        for t in range(13):
+            close(states[t][key], goals.decode(states[t][code]), atol=1e-6)
+        changes = [(t, env) for t in range(1, 13) for env in range(3)
+                   if not torch.equal(states[t][code][env], states[t - 1][code][env])]
+        assert all(counts[t, env] % every == 0 for t, env in changes)
+        assert len(changes) == len({(t, e) for t in range(1, 13) for e in range(3)
+                                    if counts[t, e] % every == 0})
+    choices = [t for t in range(13) if (counts[t] % 2 == 0).any()]
+    assert len(seen) == len(choices)
+    for t, goal in zip(choices, seen, strict=True):
+        assert torch.equal(goal, states[t]["top_goal"])
+
+
+def test_hac_pays_the_middle_for_where_its_choice_has_led_and_for_nothing_before():
+    agent = make(hac.Agent, goal_duration=2, top_duration=2, horizon=8)
+    deter = tensor([[1, 0], [9, 9], [0, 2], [9, 9], [4, 0], [9, 9], [3, 4], [9, 9], [3, 4]])
+    goal = tensor([[2, 0]] * 4 + [[3, 4]] * 4 + [[7, 7]])
+    reward = agent.reward_reach({"deter": deter[:, None], "top_goal": goal[:, None]})
+    close(reward[:, 0], [0, 0, 0.5, 0.5, 1, 1, 1, 1], atol=1e-6)
+    assert dict(agent.manager.rewards) == {"reach": 1} and "extr" in agent.top.rewards
+    assert make(hac.Agent, middle_extr=0.5).manager.rewards == {"reach": 1, "extr": 0.5}
+    agent.goals.novelty = lambda deter: 0 * deter[..., 0]
+    agent.top_goals.novelty = lambda deter: deter[..., 0]
+    close(agent.reward_expl({"deter": deter})[:2], [9, 0])
+
+
+def test_hac_autoencoders_are_two_that_learn_the_same_states():
+    agent, learned = make(hac.Agent), []
+    for goals in (agent.goals, agent.top_goals):
+        goals.loss = lambda deter, goals=goals: learned.append((goals, deter)) or (
+            sum(p.square().sum() for p in goals.parameters()), {})
+    agent.train_goals({"deter": torch.arange(96.0).view(2, 3, 16)})
+    assert [goals for goals, _ in learned] == [agent.goals, agent.top_goals]
+    assert all(torch.equal(x, torch.arange(96.0).view(6, 16)) for _, x in learned)
+    assert agent.goals is not agent.top_goals
+
+
+def test_hac_goals_of_the_top_that_are_reached_show_beside_those_of_others():
+    agent = make(hac.Agent, goal_duration=2, top_duration=2, horizon=8)
+    traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
+    for start in (0, 4):  # reached at the end, and never before
+        traj["top_goal"][start : start + 4] = traj["deter"][start + 4]
+    traj["reward_reach"] = agent.reward_reach(traj)
+    metrics = agent.train_imagined(traj)
+    close(metrics["reach_last"], 1, rtol=1e-4)
+    other = [director.max_cosine(traj["deter"][t].roll(2, 0), traj["deter"][t]) for t in (4, 8)]
+    close(metrics["reach_other"], torch.stack(other).mean())
+    assert float(metrics["reach_other"]) < 0.99
+
+
+# ---- Dyna-Q ---------------------------------------------------------------------------------
+
+
+def symlog(x: float) -> float:
+    return math.copysign(math.log1p(abs(x)), x)
+
+
+def test_dyna_q_learns_the_one_step_target_also_at_ends_and_time_limits():
+    agent, losses = make(dyna_q.Agent, batch_length=5), []
+    values = tensor([[0, 1], [2, -1], [0.5, 0.2], [1, 3], [4, 5], [0.1, 2]])  # of states 0..5
+    agent.worker.q.forward = lambda feat: values[feat[..., 0].long()]
+    agent.worker.slow.forward = lambda feat: 2 * values[feat[..., 0].long()]
+    agent.worker.q.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.grad_steps = 1
+    deter = torch.arange(6.0)[None, :, None].expand(1, 6, 16)
+    action = tensor([[0, 0], [0, 1], [1, 0], [0, 0], [0, 1], [1, 0]])[None]  # led to the state
+    states = {"deter": deter, "stoch": deter, "action": action,
+              "reward": tensor([[9, 1, -2, 9, 5, 7]]),
+              "is_first": torch.tensor([[1, 0, 0, 1, 0, 0]]).bool(),
+              "is_terminal": torch.tensor([[0, 0, 0, 0, 0, 1]]).bool(),
+              "is_last": torch.tensor([[0, 0, 1, 0, 0, 1]]).bool()}  # at 2 a time limit
+    agent.train_goals(states)
+    expected = [
+        (1 - symlog(1 + 0.99 * math.expm1(4))) ** 2,  # 0 to 1 by the second action; 2 max(2, -1)
+        (2 - symlog(-2 + 0.99 * math.expm1(1))) ** 2,  # 1 to 2: a time limit, so it goes on
+        (3 - symlog(5 + 0.99 * math.expm1(10))) ** 2,  # 3 to 4; from 2 to 3 nothing leads
+        (4 - symlog(7)) ** 2]  # 4 to 5, the end
+    close(losses[0], sum(expected) / 5)
+
+
+def test_dyna_q_plans_one_random_step_from_each_replayed_state_but_ends():
+    agent, seen = make(dyna_q.Agent, planning=3), []
+    deter, stoch = torch.randn(2, 400, 16)
+    end = torch.arange(400) % 4 == 0
+    agent.world_model.reward_head.forward = lambda feat: feat[..., 0]
+    agent.world_model.cont_head.forward = lambda feat: feat[..., 1]
+    traj = agent.imagine({**starts_at(deter, stoch), "is_terminal": end})
+    assert {len(x) for x in traj.values()} == {3}
+    share = traj["action"].flatten(0, 1).mean(0).numpy()
+    assert share == pytest.approx(0.2 * np.ones(5), abs=0.06)
+    assert not torch.equal(traj["action"][0], traj["action"][1])
+    for i in range(3):
+        close(traj["before"][i], torch.cat([deter, stoch], -1))
+        after = agent.world_model.rssm.recur(deter, stoch, traj["action"][i])
+        close(traj["after"][i, :, :16], after)
+    close(traj["reward"], director.symexp(traj["after"][..., 0]))
+    close(traj["cont"], traj["after"][..., 1].sigmoid())
+    assert torch.equal(traj["weight"], (~end).float().expand(3, -1))
+    agent.learn = lambda index, steps: seen.append((index, steps)) or {}
+    agent.train_imagined(traj)
+    assert [index for index, _ in seen] == [1, 2, 3]
+    for i, (_, steps) in enumerate(seen):
+        assert all(torch.equal(steps[key], traj[key][i]) for key in traj)
+
+
+def test_dyna_q_updates_once_from_replay_then_plans_and_copies_by_the_number_of_updates():
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    for planning in (0, 2):
+        agent, updates = make(dyna_q.Agent, planning=planning, slow_every=4), []
+        network, minimize = agent.worker, agent.worker.q.optimizer.minimize
+
+        def check(loss, network=network, minimize=minimize, updates=updates):
+            if updates:  # whether it was copied after the last update
+                updates[-1] = torch.equal(network.q.out.weight, network.slow.out.weight)
+            updates.append(None)
+            assert loss.requires_grad
+            return minimize(loss)
+
+        network.q.optimizer.minimize = check
+        for _ in range(4):
+            metrics = agent.train_step(batch)
+        assert len(updates) == 4 * (1 + planning)
+        assert [i for i, copied in enumerate(updates) if copied] == list(range(0, len(updates), 4))
+        assert ("imagined_loss" in metrics) == bool(planning)
+
+
+def test_dyna_q_acts_greedily_but_for_a_share_of_epsilon():
+    agent = make(dyna_q.Agent, epsilon=0.3)
+    agent.worker.q.forward = lambda feat: feat[..., :5]
+    feat = tensor([[0, 3, 1, 2, 2.9]]).expand(20_000, -1)
+    dist = agent.worker.dist(feat)
+    close(dist.probs[0], [0.06, 0.76, 0.06, 0.06, 0.06])
+    assert dist.rsample().mean(0).numpy() == pytest.approx([0.06, 0.76, 0.06, 0.06, 0.06], abs=0.01)
+    assert dist.mode[:, 1].all()
+    agent.worker.epsilon = 0.0
+    assert agent.worker.dist(feat).rsample()[:, 1].all()
+
+
+def test_the_twin_of_dyna_q_learns_as_often_from_replayed_steps_alone(monkeypatch):
+    agent, seen = make(relatives.Again, planning=2), []
+    monkeypatch.setattr(dyna_q.Agent, "learn", lambda _, index, steps: (
+        seen.append((index, steps)) or {}))
+    agent.train_step(random_batch(np.random.default_rng(0), 2, 9, True, 5))
+    assert [index for index, _ in seen] == [0, 1, 2] and "weight" in seen[0][1]
+    assert all(steps is seen[0][1] for _, steps in seen)
+    assert seen[0][1]["before"].shape[:2] == (2, 8)  # of pairs
+
+
+def test_planning_finds_the_way_that_replay_never_took():
+    """The tell-tale, in seconds: a model in which an action that nobody tried pays."""
+    found = []
+    for planning in (0, 5):
+        agent = make(dyna_q.Agent, planning=planning, learning_rate=3e-3)
+        model = agent.world_model
+        model.rssm.img_step = lambda deter, stoch, action: (
+            torch.cat([action, deter[..., 5:]], -1), stoch)
+        model.reward_head.forward = lambda feat: 2 * feat[..., 3]  # the fourth action
+        model.cont_head.forward = lambda feat: -9 + 0 * feat[..., 0]  # one step, and it ends
+        gen = torch.manual_seed(0)
+        for _ in range(60):
+            agent.grad_steps += 1
+            deter, stoch = torch.randn(2, 4, 9, 16, generator=gen)
+            tried = torch.eye(5)[torch.randint(0, 3, (4, 9), generator=gen)]
+            agent.train_goals({
+                "deter": deter, "stoch": stoch, "action": tried, "reward": torch.zeros(4, 9),
+                "is_first": torch.zeros(4, 9).bool(), "is_terminal": torch.ones(4, 9).bool()})
+            traj = agent.imagine({"deter": deter.flatten(0, 1), "stoch": stoch.flatten(0, 1),
+                                  "is_terminal": torch.zeros(36).bool()})
+            agent.train_imagined(traj)
+        feat = agent.worker.feat({"deter": deter, "stoch": stoch})
+        found.append(float(agent.worker.dist(feat).mode[..., 3].mean()))
+    assert found[0] < 0.9 < found[1], found
+
+
+def test_dyna_q_wants_discrete_actions_and_no_goals(capsys, tmp_path):
+    run = ["--task=gym_Pendulum-v1", f"--logdir={tmp_path}/run"]
+    assert director.main(run, dyna_q.Agent) == 2
+    error = capsys.readouterr().err
+    assert "dyna_q needs discrete actions" in error and error.count("\n") == 1
+    folder = director.folder_of(dyna_q.Config(task="gym_Corridor-v0", size="xs"), dyna_q.Agent)
+    assert str(folder) == "runs/gym_Corridor-v0/dyna_q-dreamer-xs-0"
+    assert {field.name for field in dataclasses.fields(dyna_q.Config)} >= {"planning", "epsilon"}
+    assert make(dyna_q.Agent, DISCRETE).players == {}
+
+
+# ---- Prioritised replay ---------------------------------------------------------------------
+
+
+def row(number: int, episode: int, is_last: bool) -> dict:
+    """A step whose reward is its number in the episode, and whose state is the episode's."""
+    return {"reward": np.float32([number]), "state": np.float32([[episode]]),
+            "action": np.zeros((1, 2), np.float32), "is_first": np.array([number == 0]),
+            "is_last": np.array([is_last]), "is_terminal": np.zeros(1, bool)}
+
+
+def prioritized_replay(*lengths: int, capacity: int = 10**6):
+    """A replay with episodes of these lengths and the agent whose errors it hears of."""
+    replay = prioritized.Replay(capacity)
+    replay.agent = make(prioritized.Agent)
+    for episode, length in enumerate(lengths):
+        for number in range(length):
+            replay.add(row(number, episode, number == length - 1))
+    return replay
+
+
+def hand_back(replay, places, errors):
+    replay.agent.seen = torch.tensor([places]), tensor([errors])
+    replay.update()
+
+
+def test_priorities_follow_curious_replay_and_belong_to_the_steps_that_were_trained_on():
+    replay, new = prioritized_replay(4, 3), prioritized.NEW
+    hand_back(replay, [[0, 1], [0, 2], [1, 2]], [2.0, 5.0, 0.3])
+    close(replay.priority[0], [new, 7000 + 2.01**0.7, 7000 + 5.01**0.7, new])
+    close(replay.priority[1], [new, new, 7000 + 0.31**0.7])
+    hand_back(replay, [[0, 2], [0, 2], [1, 0]], [1.0, 1.0, 4.0])  # twice in a batch
+    close(replay.priority[0], [new, 7000 + 2.01**0.7, 3430 + 1.01**0.7, new])
+    close(replay.visits[0], [0, 1, 3, 0])
+    close(replay.visits[1], [1, 0, 1])
+    for name in (0, 1):
+        assert replay.total[name] == pytest.approx(replay.priority[name].sum(), rel=1e-12)
+    replay.update()  # errors count once
+    close(replay.visits[0], [0, 1, 3, 0])
+    for _ in range(100):
+        hand_back(replay, [[0, 1]], [6.0])
+    close(replay.priority[0][1], 6.01**0.7)  # now the error alone decides
+
+
+def test_chunks_start_as_often_as_priorities_say():
+    replay = prioritized_replay(5, 2, 7)
+    priority = {0: [1, 5, 2, 0.5, 8], 1: [3, 1], 2: [1, 1, 9, 1, 4, 1, 2]}
+    for name, values in priority.items():
+        replay.update()
+        replay.priority[name][:] = values
+        replay.total[name] = sum(values)
+    total, length, draws = sum(map(sum, priority.values())), 2, 20_000
+    expected, found = {}, {}
+    for name, values in priority.items():
+        for step, value in enumerate(values):
+            key = name, max(0, min(step, len(values) - length))
+            expected[key] = expected.get(key, 0) + value / total
+    for key in map(tuple, replay.sample(draws, length)["place"][:, 0]):
+        found[key] = found.get(key, 0) + 1 / draws
+    assert found.keys() == expected.keys()
+    for key, share in expected.items():
+        assert abs(found[key] - share) < 4 * (share / draws) ** 0.5, key
+
+
+def test_chunks_keep_the_rules_of_replay_and_tell_their_places():
+    replay = prioritized_replay(5, 2, 7)
+    batch = replay.sample(200, 4)
+    assert batch["place"].shape == (200, 4, 2) and batch["state"].shape == (200, 4, 1)
+    close(batch["place"][..., 0], batch["state"][..., 0].astype(int))
+    close(batch["place"][..., 1], batch["reward"].astype(int))
+    assert batch["is_first"][:, 0].all()
+    name, step = batch["place"][..., 0], batch["place"][..., 1]
+    goes_on = (name[:, 1:] == name[:, :-1]) & (step[:, 1:] == step[:, :-1] + 1)
+    assert (goes_on | batch["is_first"][:, 1:]).all()
+    short = (name == 1).any(1)  # too short: the next one drawn follows
+    assert short.any() and (batch["is_first"][~short].sum(1) == 1).all()
+    assert not replay.episodes[0]["is_first"][1:].any()  # it is as it was
+
+
+def test_what_is_new_is_drawn_first_and_what_is_forgotten_never():
+    replay = prioritized_replay(6, 6, capacity=17)
+    hand_back(replay, [[name, step] for name in (0, 1) for step in range(6)], 12 * [50.0])
+    for number in range(6):
+        replay.add(row(number, 2, number == 5))
+    assert list(replay.episodes) == [1, 2]
+    names = replay.sample(400, 2)["place"][..., 0]
+    assert set(np.unique(names)) == {1, 2} and (names == 2).mean() > 0.85  # 1e5 against 7e3
+    assert replay.visits.keys() == replay.priority.keys() == replay.total.keys() == {1, 2}
+    hand_back(replay, [[0, 1], [2, 1]], [1.0, 1.0])  # errors of what was forgotten meanwhile
+    close(replay.visits[2], [0, 1, 0, 0, 0, 0])
+
+
+def test_each_step_gets_its_own_error_of_the_model_and_a_picture_is_no_visit():
+    agent = make(prioritized.Agent)
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    place = np.stack(np.meshgrid([3, 4], range(9), indexing="ij"), -1)
+    loss, states, _ = agent.world_model.loss(agent.tensors(batch))
+    assert states["error"].shape == (2, 9)
+    close(states["error"].mean(), loss.detach())
+    image = agent.world_model.decoder(torch.cat([states["deter"], states["stoch"]], -1))["image"]
+    squares = (image - agent.tensors(batch)["image"] / 255).square().flatten(2).sum(-1)
+    rest = states["error"] - squares
+    assert rest.std() < 0.2 * squares.std()  # so they are in the right places
+    agent.train_step(batch)
+    assert agent.seen is None  # another replay's
+    losses, model_loss = [], agent.world_model.loss
+    agent.world_model.loss = lambda batch: losses.append(model_loss(batch)) or losses[-1]
+    agent.train_step({**batch, "place": place})
+    seen, error = agent.seen
+    assert torch.equal(seen, torch.as_tensor(place)) and not error.requires_grad
+    assert torch.equal(error, losses[0][1]["error"])
+    replay = prioritized.Replay(100)
+    replay.agent = agent
+    for episode in range(5):
+        for number in range(9):
+            replay.add(row(number, episode, number == 8))
+    replay.sample(6, 8)
+    replay.sample(6, 8)  # what is not trained on is not visited
+    close(np.stack([replay.visits[name] for name in range(5)]),
+          np.repeat([[0], [0], [0], [1], [1]], 9, 1))
+    close(replay.priority[4], 7000 + (error[1].numpy() + 0.01) ** 0.7, rtol=1e-6)
+
+
+def test_a_run_hands_errors_to_its_replay_and_starts_anew_when_it_resumes(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(prioritized.Run, "close", lambda run: (
+        runs.append(run), director.Run.close(run)))
+    run = [*RUN, "--task=gym_Corridor-v0", "--batch_length=10", f"--logdir={tmp_path}"]
+    for steps in (300, 400):
+        assert director.main([*run, f"--steps={steps}"], prioritized.Agent) == 0
+        replay = runs[-1].replay
+        replay.update()
+        visits = sum(x.sum() for x in replay.visits.values())
+        trained = runs[-1].agent.grad_steps - (runs[0].agent.grad_steps if len(runs) > 1 else 0)
+        size = runs[-1].config.batch_size * 10
+        assert 0 < visits <= trained * size and visits % size == 0
+    assert len(runs) == 2
 
 
 # ---- Latents --------------------------------------------------------------------------------
