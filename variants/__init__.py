@@ -41,30 +41,31 @@ class Grid(gymnasium.Env):
 
 
 class Corridor(gymnasium.Env):
-    """Cells in a row; actions stay, left, right; 1 per step at the far end; at best 44 of 50.
+    """Eight cells; actions stay, left, right; 1 per step at the far end; at best 44 in 50 steps."""
 
-    The long one has 24 cells and 100 steps, at best 78; random actions hardly ever get there.
-    """
-
-    action_space = spaces.Discrete(3)
-
-    def __init__(self, cells: int = 8, limit: int = 50):
-        self.cells, self.limit = np.eye(cells, dtype=np.float32), limit
-        self.observation_space = spaces.Box(0, 1, (cells,), np.float32)
+    cells, limit = 8, 50
+    observation_space, action_space = spaces.Box(0, 1, (8,), np.float32), spaces.Discrete(3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.cell = self.steps = 0
-        return self.cells[0].copy(), {}
+        return np.eye(self.cells, dtype=np.float32)[0], {}
 
     def step(self, action):
-        end = len(self.cells) - 1
+        end = self.cells - 1
         self.cell = min(max(self.cell + (0, -1, 1)[action], 0), end)
         self.steps += 1
-        obs = self.cells[self.cell].copy()
+        obs = np.eye(self.cells, dtype=np.float32)[self.cell]
         return obs, float(self.cell == end), False, self.steps >= self.limit, {}
+
+
+class LongCorridor(Corridor):
+    """24 cells; at best 78 in 100 steps; random actions hardly ever get to the end."""
+
+    cells, limit = 24, 100
+    observation_space = spaces.Box(0, 1, (24,), np.float32)
 
 
 gymnasium.register("Grid-v0", Grid)
 gymnasium.register("Corridor-v0", Corridor)
-gymnasium.register("LongCorridor-v0", Corridor, kwargs={"cells": 24, "limit": 100})
+gymnasium.register("LongCorridor-v0", LongCorridor)
