@@ -28,7 +28,7 @@ def labels(image: torch.Tensor) -> dict[str, torch.Tensor]:
     before = [torch.where(last >= i, pads.gather(1, (last - i).clamp(min=0)[:, None])[:, 0], 0)
               for i in (0, 1)]
     return {"column": cell % 14, "row": cell // 14, "last pad": before[0], "the one before":
-            before[1], "tinted floor": (image[:, 4:52, 4:60, 0].amax((1, 2)) < 0.95).long()}
+            before[1], "tinted floor": ((255 * image[..., 0]).round() == 223).any(2).any(1).long()}
 
 
 def probe(seen: torch.Tensor, told: torch.Tensor, train: torch.Tensor) -> float:

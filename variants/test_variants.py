@@ -24,7 +24,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 import director
-from experiments import relatives
+from experiments import levels, relatives
 from test_director import (
     CONTINUOUS,
     DISCRETE,
@@ -55,6 +55,7 @@ from variants import (
     same_episode,
     search,
 )
+from variants.pin_pad import PinPad
 
 VARIANTS = [  # agent, flags
     (feudal.Agent, {}), (feudal.Agent, {"feudal_reward": "dot"}),
@@ -1523,6 +1524,25 @@ def test_hdreamer_goes_on_with_a_run_of_director_and_first_acts_as_it_did(
     fine = saved["agent"]["world_model.reward_head.hidden.0.weight"][:, -15:]
     assert fine.abs().sum() > 0
     assert director.main([*run, "--steps=300"]) == 2
+
+
+def test_what_pin_pad_shows_is_read_off_its_images_and_probes_tell_only_what_is_there():
+    env, rng, images, truth = PinPad("three"), np.random.default_rng(0), [], []
+    env.reset(seed=0)
+    for step in range(600):
+        if step % 40 == 39:
+            env.countdown = 5
+        image = env.step(int(rng.integers(5)) if step % 3 else step % 5)[0]["image"]
+        images.append(image)
+        last = (0, 0, *env.history)[-2:]
+        truth.append((env.player[0] - 1, env.player[1] - 1, last[1], last[0], env.countdown > 0))
+    told = levels.labels(torch.as_tensor(np.stack(images)) / 255)
+    assert torch.stack(list(told.values()), 1).tolist() == [[*map(int, x)] for x in truth]
+    assert all(len(x.unique()) > 1 for x in told.values())
+    classes, train = torch.randint(3, (4000,)), torch.arange(4000) < 3000
+    shown = torch.cat([torch.eye(3)[classes], torch.randn(4000, 20)], 1)
+    assert levels.probe(shown, classes, train) > 0.99
+    assert levels.probe(shown[:, 3:], classes, train) < 0.4
 
 
 def test_gaussian_draws_reparameterised_numbers_and_pays_their_balanced_kl():
