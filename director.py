@@ -9,8 +9,6 @@ manager is rewarded for task reward and for novelty. Nobody is told what a good 
     python director.py --task dmc_walker_walk       train; the same command resumes
     python director.py --logdir RUN --eval 10       play 10 episodes with a trained agent
 
-Contents: configuration, numerics, networks, world model, returns, agent, replay, environments, run.
-
 From the paper to this file:
     Section 2.1, eq. 1-2   world model              WorldModel, RSSM, balanced_kl
     Section 2.2, eq. 3-4   goal autoencoder         GoalAutoencoder
@@ -640,7 +638,6 @@ class ActorCritic(nn.Module):
             metrics[f"{name}_score"] = normed.mean()
             score = score + self.rewards[name] * normed
         score = self.advnorm(score)  # [H, N]
-
         if self.reinforce:
             with autocast(self.config):
                 dist = self.dist(feat[:-1].detach())
@@ -760,6 +757,9 @@ class Director(nn.Module):
             optimizer.load_state_dict(state["optimizers"][key])
             for group in optimizer.param_groups:
                 group["lr"] = self.config.learning_rate
+            for param, values in optimizer.state.items():
+                if any(x.shape not in ((), param.shape) for x in values.values()):
+                    raise ValueError(f"the optimiser of {key} has other shapes")
 
     def build(self, action: tuple):
         """Make all else that learns: goals, and players, which train in the order made here."""
