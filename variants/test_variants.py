@@ -13,7 +13,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 import zlib
 
 import gymnasium
@@ -130,11 +129,11 @@ def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, f
 @pytest.mark.parametrize(("agent", "flags"), dict(VARIANTS[::-1]).items(), ids=name)
 def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
-           "--video_every=50", f"--logdir={tmp_path}"]
+           "--video_every=100", f"--logdir={tmp_path}"]
     run += [f"--{key}={value}" for key, value in flags.items()]
-    for steps in (250, 300):
+    for steps in (160, 200):
         assert director.main([*run, f"--steps={steps}"], agent) == 0
-    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 25
+    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 13
     assert director.main([f"--logdir={tmp_path}", "--eval=1"], agent) == 0
     assert len(json.loads((tmp_path / "eval.json").read_text())["scores"]) == 1
     pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
@@ -1620,17 +1619,17 @@ def test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole(tmp_path)
 
 
 def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, capsys):
-    flags = [*RUN, "--task=gym_Corridor-v0", "--envs=4", f"--logdir={tmp_path}", "--steps=700"]
+    flags = [*RUN, "--task=gym_Corridor-v0", "--envs=4", f"--logdir={tmp_path}", "--steps=400"]
     go = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
     run = [*TORCHRUN, "-m", "variants.parallel", *flags]
-    assert go([*run, "--steps=600"]).stdout.count("step 600: 63 grad") == 1  # rank 0 alone prints
+    assert go([*run, "--steps=300"]).stdout.count("step 300: 25 grad") == 1  # rank 0 alone prints
     saved = torch.load(tmp_path / "checkpoint.pt")
-    assert [sum(episodes.values()) for episodes in saved["episodes"].values()] == [300, 300]
+    assert [sum(episodes.values()) for episodes in saved["episodes"].values()] == [150, 150]
     # A signal to one of them stops both, after the same step.
     with subprocess.Popen([*run, "--steps=9000"], cwd=HERE, stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.DEVNULL) as process:
-        assert any("Resumed at step 600" in line for line in process.stdout)
-        time.sleep(1)
+        assert any("Resumed at step 300" in line for line in process.stdout)
+        assert any("gradient steps" in line for line in process.stdout)  # both are training
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if (bytes(tmp_path) in (folder / "cmdline").read_bytes()
