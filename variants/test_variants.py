@@ -131,9 +131,9 @@ def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
            "--video_every=100", f"--logdir={tmp_path}"]
     run += [f"--{key}={value}" for key, value in flags.items()]
-    for steps in (160, 200):
+    for steps in (210, 230):
         assert director.main([*run, f"--steps={steps}"], agent) == 0
-    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 13
+    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 16
     assert director.main([f"--logdir={tmp_path}", "--eval=1"], agent) == 0
     assert len(json.loads((tmp_path / "eval.json").read_text())["scores"]) == 1
     pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
