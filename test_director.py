@@ -1534,6 +1534,37 @@ def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
     assert (image[:64, :64] == PinPad("three").reset(seed=0)[0]["image"]).all()
 
 
+def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one_thing(
+        tmp_path, capsys):
+    falls = runpy.run_path(str(HERE / "experiments/falls.py"))
+    told, shown, seen = falls["Told"](length=400), PinPad("three", length=400), {}
+    check_env(told, skip_render_check=True)
+    rng, obs = np.random.default_rng(0), [env.reset(seed=3)[0] for env in (told, shown)]
+    for _ in range(400):
+        state, image = obs[0]["state"].tobytes(), obs[1]["image"].tobytes()
+        assert seen.setdefault(state, image) == image
+        action = int(rng.integers(5)) if rng.random() < 0.3 else towards_next_pad(shown)
+        (obs[0], *rest), (obs[1], *others) = told.step(action), shown.step(action)
+        assert rest == others
+    assert len(set(seen.values())) == len(seen) > 50
+    assert any(np.frombuffer(state, np.float32)[-1] for state in seen)
+    replay = falls["Fresh"].Replay(1000)
+    for t in range(30):
+        replay.add({"state": np.array([[t]]), "reward": np.zeros(1),
+                    "is_first": np.array([t in (0, 20)]), "is_last": np.array([t == 19])})
+    assert set(replay.sample(300, 4)["state"].flat) == set(range(30))
+    assert list(replay.episodes) == [0]
+    agent = falls["Nearer"](
+        told.observation_space, told.action_space, Config(size="xs", **TINY))
+    assert agent.manager.config.discount == 0.99**8 and agent.worker.config.discount == 0.99
+    lines = [{"step": 100 * i, "train/model_loss": 1, "train/manager_extr_reward": 0.01,
+              "train/manager_extr_value": 2.5} for i in range(1, 9)]
+    lines.insert(3, {"step": 350, "episode/score": 40})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    falls["table"](tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["800", "40", "0.0100", "2.50", "1.00"]
+
+
 def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")  # experiments/requirements.txt
     lines = [{"step": 100 * i, "seconds": 60.0 * i, "episode/score": float(i)} for i in range(30)]
