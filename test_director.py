@@ -1556,7 +1556,7 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
     assert list(replay.episodes) == [0]
     agent = falls["Nearer"](
         told.observation_space, told.action_space, Config(size="xs", **TINY))
-    assert agent.manager.config.discount == 0.99**8 and agent.worker.config.discount == 0.99
+    assert agent.manager.config.discount == 0.92 and agent.worker.config.discount == 0.99
     lines = [{"step": 100 * i, "train/model_loss": 1, "train/manager_extr_reward": 0.01,
               "train/manager_extr_value": 2.5} for i in range(1, 9)]
     lines.insert(3, {"step": 350, "episode/score": 40})
