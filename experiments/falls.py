@@ -62,7 +62,7 @@ class Fresh(director.Director):
 
 
 class Nearer(director.Director):
-    """The manager's values rest less on themselves: it imagines two choices, not the hundred."""
+    """The manager looks 12 choices ahead, not 100, so its values rest less on themselves."""
 
     def build(self, action):
         super().build(action)
@@ -75,7 +75,8 @@ AGENTS = {"director": director.Director, "fresh": Fresh, "nearer": Nearer}
 def table(path: pathlib.Path, every: int = 8):
     """Print, per `every` lines of training: the manager's reward and value, in its choices' units.
 
-    justified: the value that the mean reward of imagined choices would have, if it went on forever.
+    justified: the value that the mean reward of imagined choices would have, if it went on forever,
+    discounted as `Nearer` does where the path has "nearer" in it.
     """
     path = path / "metrics.jsonl" if path.is_dir() else path
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
@@ -101,4 +102,5 @@ if __name__ == "__main__":
     elif sys.argv[1:] and sys.argv[1] in AGENTS:
         sys.exit(director.main(["--task=gym_PinPadTold-v0", *sys.argv[2:]], AGENTS[sys.argv[1]]))
     else:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
