@@ -9,29 +9,27 @@ manager is rewarded for task reward and for novelty. Nobody is told what a good 
     python director.py --task dmc_walker_walk       train; the same command resumes
     python director.py --logdir RUN --eval 10       play 10 episodes with a trained agent
 
-From the paper to this file:
-    Section 2.1, eq. 1-2   world model              WorldModel, RSSM, balanced_kl
-    Section 2.2, eq. 3-4   goal autoencoder         GoalAutoencoder
-    Section 2.3            manager                  Director.choose, abstract_trajectory
-                 eq. 6     exploration reward       GoalAutoencoder.novelty
-    Section 2.4            worker                   Director.imagine, split_trajectory
-                 eq. 8     goal reward              max_cosine, Director.reward_goal
-    both                   learning in imagination  ActorCritic, lambda_return, trajectory_weights,
-                                                    Normalizer, AutoAdapt
+From the paper to this file, in its order:
+    Configuration, numerics  Config, balanced_kl (Section 2.1, eq. 2), AutoAdapt, Normalizer
+    Networks                 Encoder, Decoder, RSSM (2.1, eq. 1)
+    Models and players       WorldModel (2.1, eq. 2), GoalAutoencoder (2.2, eq. 3-4, 6), ActorCritic
+    Hierarchical returns     max_cosine (eq. 8), lambda_return, split_ and abstract_trajectory
+    The agent                Director: choose (2.3), act, imagine (2.4), train_goals, train_step
+    Replay, environments     Replay, make_env, vector_envs, Driver
+    A run                    load, Run, draw, train, evaluate, main
 
 Symbols in shapes: B replay chunks in a batch, T steps in each; N = BT imagined trajectories, H
 steps in each; K steps for a goal; D deterministic state; SC stochastic state, S groups of C
 classes; GL skill, G groups of L classes; A action; E environments; F features of a state.
 
-A trajectory is a dict of tensors, time first, that `Director.imagine` plays from N replayed states:
+A trajectory is a dict of tensors, time first, that `Director.imagine` plays from N replayed states,
+and of which `split_trajectory` makes the worker's, `abstract_trajectory` the manager's:
     key             shape              entry t is
     deter, stoch    [H+1, N, D or SC]  the state at time t; at 0 the replayed one
     skill, goal     [H+1, N, GL or D]  the manager's code, and its decoding, during action t
     action, ent     [H+1, N, A]        what the worker does in state t; its entropy, if needed
     cont            [H+1, N]           the chance that state t is no end if t-1 is none; 0 or 1 at 0
     reward_<name>   [H, N]             what action t earns, a function of state t+1
-`split_trajectory` makes it the worker's, `abstract_trajectory` the manager's; both know that there
-is one reward less than states, and what belongs to a goal.
 """
 
 import argparse
@@ -117,7 +115,8 @@ class Config:
     skill_groups: int = option(8, "groups of the manager's code", fixed=True)
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
-    discount: float = option(0.99, "per step of the worker and of the manager", low=0.01, high=1)
+    discount: float = option(0.99, "of rewards, per step of the worker", low=0.01, high=1)
+    manager_discount: float = option((0.99,) * 3, "per choice of the manager", low=0.01, high=1)
     lam: float = option(0.95, "lambda of the returns", low=0, high=1)
     horizon: int = option(16, "imagined steps, a multiple of --goal_duration")
     goal_duration: int = option(8, "steps that a goal lasts")
@@ -580,14 +579,16 @@ class ActorCritic(nn.Module):
     """An actor, and a critic for each kind of reward, that learn from imagined trajectories.
 
     keys, feat: the parts of a state that both see, and their size. action: its shape, ([groups,]
-    classes) if discrete, else (dimensions,). rewards: their weights. Actors learn by REINFORCE; of
-    continuous actions, unless `reinforce`, by returns back-propagated through the dynamics.
+    classes) if discrete, else (dimensions,). rewards: their weights. discount: per action. Actors
+    of continuous actions learn by back-propagated returns, if not `reinforce`; others by REINFORCE.
     """
 
     def __init__(self, keys: tuple, feat: int, action: tuple, discrete: bool,
-                 rewards: dict[str, float], config: Config, reinforce: bool = False):
+                 rewards: dict[str, float], config: Config, reinforce: bool = False,
+                 discount: float = 0.0):
         super().__init__()
         self.keys, self.action, self.rewards, self.config = keys, action, rewards, config
+        self.discount = discount or config.discount
         self.discrete, self.reinforce = discrete, discrete or reinforce
         self.actor = MLP(feat, action if discrete else (2, *action), config)
         if not discrete:  # means and deviations are two layers in one, each with its own scale
@@ -614,13 +615,13 @@ class ActorCritic(nn.Module):
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
         """Lambda returns, and values of the slow critic, [H, N] both."""
         value = symexp(self.slow[name](feat))
-        discount = self.config.discount * traj["cont"][1:]
+        discount = self.discount * traj["cont"][1:]
         return lambda_return(traj[f"reward_{name}"], value, discount, self.config.lam), value[:-1]
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         """Train critics, copy them to the slow ones if asked, train the actor; returns metrics."""
         metrics, score, feat = {}, 0.0, self.feat(traj)
-        weight = trajectory_weights(traj["cont"].detach(), self.config.discount)[:-1]
+        weight = trajectory_weights(traj["cont"].detach(), self.discount)[:-1]
         for name, critic in self.critics.items():
             with autocast(self.config):
                 ret, value = self.returns(name, feat, traj)
@@ -747,7 +748,7 @@ class Director(nn.Module):
         parts = dict(self.named_modules())
         self.players = {key: x for key, x in parts.items() if isinstance(x, ActorCritic)}
         self.optimizers = {key: x.optimizer for key, x in parts.items() if hasattr(x, "optimizer")}
-        self.grad_steps = 0
+        self.grad_steps, self.origin = 0, {"step": 0, "seconds": 0.0}  # and what `load` knows
 
     def restore(self, state: dict):
         """Take weights, optimisers and count from a checkpoint."""
@@ -774,7 +775,8 @@ class Director(nn.Module):
         self.worker = self.player((*parts, "goal"), action, self.discrete, rewards)
         rewards = {"extr": 1.0, "expl": config.manager_expl}
         classes = len(self.goals.groups) > 1  # a variant's codes may be plain numbers
-        self.manager = self.player(parts, self.goals.groups, classes, rewards, reinforce=True)
+        self.manager = self.player(parts, self.goals.groups, classes, rewards, reinforce=True,
+                                   discount=config.manager_discount)
 
     def player(self, keys: tuple, action: tuple, discrete: bool, rewards: dict, **kwargs):
         """An actor-critic that sees these parts of a state."""
@@ -1293,18 +1295,17 @@ class Run:
         self.config, self.variant, self.logdir = config, agent_name(agent), folder_of(config, agent)
         self.path, self.replays = self.logdir / "checkpoint.pt", self.logdir / "replay"
         self.replay = agent.Replay(config.replay_size)
-        self.step = 0  # rows of all environments so far
-        self.saved = self.drawn = self.reported = 0  # the step of the last time
         self.metrics, self.whole = [], True  # of steps since the last report; none was cut short
         self.stops, self.handlers = [], {}  # signals that asked to stop; who handled them before
-        self.start = self.since = time.time()  # of the run, without pauses; of the last report
         self.claim()
         if self.path.exists():
             self.agent = load(self.path.parent, agent, **dataclasses.asdict(config))
-            self.step = self.saved = self.drawn = self.reported = self.agent.origin["step"]
-            self.start -= self.agent.origin["seconds"]
         else:
             self.agent = agent(*shown, config)
+        self.step = self.agent.origin["step"]  # rows of all environments so far
+        self.saved = self.drawn = self.reported = self.step  # that of the last time
+        self.since = time.time()  # of the last report
+        self.start = self.since - self.agent.origin["seconds"]  # of the run, without pauses
 
     def open(self):
         """Go on with the files of the run, and listen to signals."""
@@ -1426,7 +1427,6 @@ class Run:
             score, length = float(driver.score[env]), int(driver.length[env])
             self.log({"episode/score": score, "episode/length": length})
             self.say(f"step {self.step}: episode of {length} steps, return {score:.1f}")
-            self.bar.set_postfix(last=score, grads=self.agent.grad_steps, refresh=False)
         with writing("the terminal"):
             self.bar.update(self.config.envs)
 

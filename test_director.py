@@ -632,6 +632,22 @@ def test_manager_finds_the_code_that_pays():
     assert manager.dist(deter).probs[0, 0, 0, 1] > 0.75
 
 
+def test_manager_and_worker_have_discounts_of_their_own(monkeypatch):
+    agent, seen = make_agent(DISCRETE, discount=0.8, manager_discount=0.6), []
+    lam, weights = director.lambda_return, director.trajectory_weights
+    monkeypatch.setattr(director, "lambda_return", lambda r, v, d, x: (
+        seen.append(("return", len(r), round(float(d.max()), 3))), lam(r, v, d, x))[1])
+    monkeypatch.setattr(director, "trajectory_weights", lambda cont, discount: (
+        seen.append(("weight", len(cont) - 1, discount)), weights(cont, discount))[1])
+    agent.world_model.cont_head.forward = lambda feat: torch.full(feat.shape[:-1], 100.0)
+    starts = starts_at(torch.zeros(4, 16), torch.zeros(4, 16))
+    for name, view in agent.views(agent.imagine(starts)).items():
+        agent.players[name].learn(view, copy_slow=False)
+    assert set(seen) == {(x, length, discount) for x in ("return", "weight")
+                         for length, discount in ((8, 0.8), (2, 0.6))}
+    assert Config(size="paper", device="cpu").manager_discount == 0.99
+
+
 def test_the_flat_agent_solves_a_corridor(tmp_path):
     flags = ["--task=gym_Corridor-v0", "--agent=dreamer", "--device=cpu", "--precision=float32",
              "--size=xs", "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
@@ -1521,7 +1537,8 @@ def run_program(monkeypatch, capsys, *command) -> str:
 def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
     assert director.main([*flags, "--steps=808"]) == 0
-    programs = {("histories",): 32, ("foresee",): 6, ("lead", "--modes"): 12, ("reach",): 18}
+    programs = {("histories",): 32, ("foresee",): 6, ("lead", "--modes"): 12, ("reach",): 18,
+                ("lead", "--watch"): 10}
     for (name, *options), amount in programs.items():
         text = run_program(monkeypatch, capsys, name, tmp_path, *options)
         values = [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
@@ -1554,13 +1571,11 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
                     "is_first": np.array([t in (0, 20)]), "is_last": np.array([t == 19])})
     assert set(replay.sample(300, 4)["state"].flat) == set(range(30))
     assert list(replay.episodes) == [0]
-    agent = falls["Nearer"](
-        told.observation_space, told.action_space, Config(size="xs", **TINY))
-    assert agent.manager.config.discount == 0.92 and agent.worker.config.discount == 0.99
     lines = [{"step": 100 * i, "train/model_loss": 1, "train/manager_extr_reward": 0.01,
               "train/manager_extr_value": 2.5} for i in range(1, 9)]
     lines.insert(3, {"step": 350, "episode/score": 40})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text('{"discount": 0.5, "manager_discount": 0.99}')
     falls["table"](tmp_path)
     assert capsys.readouterr().out.split()[-5:] == ["800", "40", "0.0100", "2.50", "1.00"]
 

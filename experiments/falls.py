@@ -3,13 +3,11 @@
     python experiments/falls.py AGENT [--seed 0 ...]      train; other flags are director.py's
     python experiments/falls.py table RUN RUN ...         values beside what rewards justify
 
-AGENT is "director", as it is; "fresh", whose batches are drawn from running episodes, too; or
-"nearer", whose manager discounts each of its choices by 0.92, about 0.99 per step, instead of 0.99.
+AGENT is "director", as it is, or "fresh", whose batches are drawn from running episodes, too.
 Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
 A RUN is the folder of any run of Director, or a file with its metrics, compressed or not.
 """
 
-import dataclasses
 import gzip
 import json
 import pathlib
@@ -22,8 +20,6 @@ from gymnasium import spaces
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import director
 from variants.pin_pad import PinPad
-
-NEARER = 0.92  # a choice lasts for 8 steps, and 0.99 ** 8 is 0.923
 
 
 class Told(PinPad):
@@ -61,28 +57,24 @@ class Fresh(director.Director):
                 self.episodes = finished
 
 
-class Nearer(director.Director):
-    """The manager looks 12 choices ahead, not 100, so its values rest less on themselves."""
-
-    def build(self, action):
-        super().build(action)
-        self.manager.config = dataclasses.replace(self.config, discount=NEARER)
-
-
-AGENTS = {"director": director.Director, "fresh": Fresh, "nearer": Nearer}
+AGENTS = {"director": director.Director, "fresh": Fresh}
 
 
 def table(path: pathlib.Path, every: int = 8):
     """Print, per `every` lines of training: the manager's reward and value, in its choices' units.
 
-    justified: the value that the mean reward of imagined choices would have, if it went on forever,
-    discounted as `Nearer` does where the path has "nearer" in it.
+    justified: the value that the mean reward of imagined choices would have, if it went on forever.
+    The manager's discount is that of the folder's config.json; without one, it is 0.99, or 0.92 if
+    the path has "nearer" in it.
     """
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    discount = 0.92 if "nearer" in str(path) else 0.99
+    if path.is_dir():
+        config = json.loads((path / "config.json").read_text())
+        discount = config.get("manager_discount", config["discount"])
+        path = path / "metrics.jsonl"
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         lines = [json.loads(line) for line in file if line.endswith("\n")]
     print(path, "    steps  return  reward  value  justified", sep="\n")
-    horizon = 1 / (1 - (NEARER if "nearer" in str(path) else 0.99))
     trained, scores = [], []
     for line in lines:
         scores += [line["episode/score"]] if "episode/score" in line else []
@@ -91,7 +83,8 @@ def table(path: pathlib.Path, every: int = 8):
             reward, value = (np.mean([x[f"train/manager_extr_{key}"] for x in trained])
                              for key in ("reward", "value"))
             score = f"{np.mean(scores):7.0f}" if scores else " " * 7
-            print(f"{line['step']:9} {score} {reward:7.4f} {value:6.2f} {reward * horizon:10.2f}")
+            justified = reward / (1 - discount)
+            print(f"{line['step']:9} {score} {reward:7.4f} {value:6.2f} {justified:10.2f}")
             trained, scores = [], []
 
 

@@ -2,16 +2,21 @@
 
     python experiments/lead.py RUN
     python experiments/lead.py RUN --modes
+    python experiments/lead.py RUN --watch
 
 Ten episodes each, side by side. First form: with the manager's goals, with those that it chooses
 for another player, who is elsewhere, and with goals of random codes, the worker's actions being the
 most likely ones; then with the manager's goals and sampled actions, as in training. With --modes:
 manager and worker, both sampled or most likely. Of a flat agent, there are only two ways to act.
+With --watch: five episodes each, sampled and most likely actions, of every checkpoint that a run in
+progress writes; a line of them in RUN/held.jsonl, with the checkpoint's step.
 """
 
 import argparse
+import json
 import pathlib
 import sys
+import time
 
 import numpy as np
 import torch
@@ -20,6 +25,33 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import director
 
 EPISODES = 10
+
+
+def play(agent: director.Director, envs, mode: str) -> list[float]:
+    """Returns of an episode of each environment, side by side, and of those that end with them."""
+    torch.manual_seed(agent.config.seed)
+    driver, state, scores = director.Driver(envs, agent.config.seed), None, []
+    while len(scores) < envs.num_envs:
+        action, state = agent.policy(driver.rows, state, mode)
+        driver.step(action.cpu().numpy(), state)
+        scores += driver.score[driver.rows["is_last"]].tolist()
+    return scores
+
+
+def watch(run: str):
+    """Play each checkpoint once, until the run has made all its steps."""
+    path, step, steps = pathlib.Path(run, "held.jsonl"), 0, 1
+    while step < steps:
+        agent = director.load(run)
+        if agent.origin["step"] == step:
+            time.sleep(60)
+            continue
+        step, steps = agent.origin["step"], agent.config.steps
+        with director.vector_envs(agent.config, 5) as envs:
+            line = {"step": step, **{mode: play(agent, envs, mode) for mode in ("train", "eval")}}
+        print(line, flush=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @torch.no_grad()
@@ -64,12 +96,7 @@ def main(run: str, modes: bool = False) -> dict[tuple, list[float]]:
         for goals, mode in trials:
             if goals:
                 agent.choose = in_time(goals)
-            torch.manual_seed(config.seed)
-            driver, state, scores = director.Driver(envs, config.seed), None, []
-            while len(scores) < EPISODES:
-                action, state = agent.policy(driver.rows, state, mode)
-                driver.step(action.cpu().numpy(), state)
-                scores += driver.score[driver.rows["is_last"]].tolist()
+            scores = play(agent, envs, mode)
             names = (goals.__name__.replace("_", " ") if goals else "none",
                      "most likely" if mode == "eval" else "sampled")
             results[names] = scores
@@ -82,4 +109,6 @@ if __name__ == "__main__":  # environments may start processes
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="the folder of a trained agent")
     parser.add_argument("--modes", action="store_true", help="sampled or most likely choices")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--watch", action="store_true", help="every checkpoint of a run")
+    flags = vars(parser.parse_args())
+    watch(flags["run"]) if flags.pop("watch") else main(**flags)

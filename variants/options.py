@@ -69,14 +69,14 @@ class OptionCritic(director.ActorCritic):
         arrived = going_on + beta * (anew[1:] - going_on)  # U of states 1..H and the options before
         # Entropy is earned by picking, so it is a reward: sampled parts of a return have it, too.
         unit = self.config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
-        discount = self.config.discount * traj["cont"][1:]
+        discount = self.discount * traj["cont"][1:]
         reward = traj["reward_extr"] + discount * beta * unit * torch.special.entr(pick[1:]).sum(-1)
         value = torch.cat([active[:1], arrived])  # the first one is not used
         return director.lambda_return(reward, value, discount, self.config.lam), active
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         metrics, config, before = super().learn(traj, copy_slow), self.config, traj["option"][:-1]
-        weight = director.trajectory_weights(traj["cont"].detach(), config.discount)  # [H+1, N]
+        weight = director.trajectory_weights(traj["cont"].detach(), self.discount)  # [H+1, N]
         state = self.feat(traj)[..., : -config.options].detach()
         with director.autocast(config):
             pick, end = self.pick(state), (self.end(state[1:]).sigmoid() * before).sum(-1)

@@ -88,7 +88,7 @@ class Agent(director.Director):
     def imagine_move(self, state: dict, move: Tensor) -> tuple[dict, Tensor, Tensor]:
         """An action [N, A], or K steps with a code [N, GL]: state, reward on the way, discount."""
         model, k, reward, discount = self.world_model, self.config.goal_duration, 0.0, 1.0
-        gamma = self.config.discount ** (1 / k if self.manager else 1)
+        gamma = self.manager.discount ** (1 / k) if self.manager else self.worker.discount
         goal = {"goal": self.goals.decode(move)} if self.over_codes else {}
         for _ in range(k if goal else 1):
             seen = self.worker.feat({**state, **goal}) if goal else None

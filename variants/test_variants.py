@@ -532,7 +532,7 @@ def test_tree_search_agrees_with_trying_everything():
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_single_steps(flat):
     agent = make(planner.Agent, agent="dreamer" if flat else "director", discount=0.8,
-                 planner="mcts", goal_duration=4, horizon=4)
+                 manager_discount=0.8, planner="mcts", goal_duration=4, horizon=4)
     agent.world_model.reward_head.forward = lambda feat: director.symlog(torch.ones(len(feat)))
     agent.world_model.cont_head.forward = lambda feat: torch.full((len(feat),), math.log(9))  # 0.9
     player = agent.worker if flat else agent.manager
