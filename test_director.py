@@ -621,15 +621,15 @@ def test_worker_learns_to_reach_a_goal_in_a_fixed_world_model(space):
 
 def test_manager_finds_the_code_that_pays():
     config = Config(size="xs", **{**TINY, "learning_rate": 3e-3})
+    torch.manual_seed(0)
     manager = director.ActorCritic(("deter",), 4, (1, 2), True, {"extr": 1.0, "expl": 0.1}, config)
     deter = torch.zeros(3, 64, 4)
-    torch.manual_seed(0)
-    for step in range(150):
+    for step in range(100):  # later, entropy is steered to a half of what is possible
         skill = manager.dist(deter).rsample().detach().flatten(-2)
         traj = {"deter": deter, "action": skill, "cont": torch.ones(3, 64),
                 "reward_extr": skill[:2, :, 1], "reward_expl": torch.zeros(2, 64)}
         manager.learn(traj, copy_slow=step % 10 == 0)
-    assert manager.dist(deter).probs[0, 0, 0, 1] > 0.75
+    assert manager.dist(deter).probs[0, 0, 0, 1] > 0.9  # 0.95 or 0.96 on twenty seeds
 
 
 def test_manager_and_worker_have_discounts_of_their_own(monkeypatch):
