@@ -1551,9 +1551,14 @@ def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
     assert (image[:64, :64] == PinPad("three").reset(seed=0)[0]["image"]).all()
 
 
+@functools.cache
+def load_falls() -> dict:
+    return runpy.run_path(str(HERE / "experiments/falls.py"))
+
+
 def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one_thing(
         tmp_path, capsys):
-    falls = runpy.run_path(str(HERE / "experiments/falls.py"))
+    falls = load_falls()
     told, shown, seen = falls["Told"](length=400), PinPad("three", length=400), {}
     check_env(told, skip_render_check=True)
     rng, obs = np.random.default_rng(0), [env.reset(seed=3)[0] for env in (told, shown)]
@@ -1578,6 +1583,29 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
     (tmp_path / "config.json").write_text('{"discount": 0.5, "manager_discount": 0.99}')
     falls["table"](tmp_path)
     assert capsys.readouterr().out.split()[-5:] == ["800", "40", "0.0100", "2.50", "1.00"]
+
+
+def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, capsys, monkeypatch):
+    falls = load_falls()
+    gymnasium.register("ShortTold-v0", functools.partial(falls["Told"], length=30))
+    flags = [*RUN, "--task=gym_ShortTold-v0", f"--logdir={tmp_path}", "--steps=140"]
+    assert director.main([*flags, "--manager_discount=0.5"]) == 0
+    made, load = [], director.load
+    monkeypatch.setattr(director, "load", lambda *args: made.append(load(*args)) or made[-1])
+    before = load(tmp_path).state_dict()
+    for names, parts in ((("goals",), {"goals"}), (("manager", "nearer"), {"manager"}),
+                         (("critics",), {"manager.critics", "manager.slow"}),
+                         (("model", "worker"), {"world_model", "worker"})):
+        played = falls["parts"](tmp_path, *names, steps=4)
+        assert [step for step, *_ in played] == [0, 2, 4]
+        assert all(len(scores) == 5 for _, scores, _, _ in played)
+        assert made[-1].manager.discount == (0.92 if "nearer" in names else 0.5)
+        after = made[-1].state_dict()
+        learned = {key for key, x in after.items() if not torch.equal(x, before[key])
+                   and not key.endswith(("moments", "count", "scale"))}
+        assert all(any(key.startswith(part) for part in parts) for key in learned), learned
+        assert all(any(key.startswith(part) for key in learned) for part in parts), learned
+    assert "4 gradient steps of model, worker: return" in capsys.readouterr().out
 
 
 def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):

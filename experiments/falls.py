@@ -2,10 +2,14 @@
 
     python experiments/falls.py AGENT [--seed 0 ...]      train; other flags are director.py's
     python experiments/falls.py table RUN RUN ...         values beside what rewards justify
+    python experiments/falls.py parts RUN PART ...        what mends it: learn on, these parts alone
 
 AGENT is "director", as it is, or "fresh", whose batches are drawn from running episodes, too.
 Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
-A RUN is the folder of any run of Director, or a file with its metrics, compressed or not.
+A RUN is the folder of any run of Director; for a table, also a file with its metrics, compressed or
+not. A PART is model, goals, worker, manager, critics (the manager's, with its actor as it is) or
+nearer (discount its choices by 0.92). They make 1000 gradient steps on the replay as it is, and are
+played, five episodes with sampled actions, before, half-way and after; nothing is written.
 """
 
 import gzip
@@ -15,9 +19,12 @@ import sys
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+import lead
+
 import director
 from variants.pin_pad import PinPad
 
@@ -46,6 +53,8 @@ gymnasium.register("PinPadTold-v0", Told)
 class Fresh(director.Director):
     """What was seen last is learned from at once, not when its episode has ended."""
 
+    loads = ("director",)
+
     class Replay(director.Replay):
         def sample(self, batch_size, length):
             finished = self.episodes
@@ -57,6 +66,7 @@ class Fresh(director.Director):
                 self.episodes = finished
 
 
+PARTS = {"model", "goals", "worker", "manager", "critics", "nearer"}
 AGENTS = {"director": director.Director, "fresh": Fresh}
 
 
@@ -88,10 +98,49 @@ def table(path: pathlib.Path, every: int = 8):
             trained, scores = [], []
 
 
+def parts(run: str, *names: str, steps: int = 1000) -> list[tuple]:
+    """Print, and return, gradient steps, returns, value on the way and the value they justify."""
+    agent, replay, played = director.load(run, Fresh), director.Replay(10**9), []
+    config, manager = agent.config, agent.manager
+    if "nearer" in names:
+        manager.discount = 0.92
+    if "critics" in names:
+        manager.actor.optimizer.minimize = lambda loss: torch.zeros(())
+    torch.manual_seed(0)
+    with director.vector_envs(config, 5) as envs:
+        replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"],
+                    director.Driver(envs, config.seed).rows)
+        for step in range(steps + 1):
+            if step % (steps // 2) == 0:
+                played.append((step, *lead.play(agent, envs, "train")))
+                scores, value, justified = played[-1][1:]
+                print(f"{step:5} gradient steps of {', '.join(names)}: return {np.mean(scores):.0f}"
+                      f", value {value:.2f}, justified {justified:.2f}", flush=True)
+            batch = agent.tensors(replay.sample(config.batch_size, config.batch_length))
+            with director.autocast(config):
+                loss, states, _ = agent.world_model.loss(batch)
+            if "model" in names:
+                agent.world_model.optimizer.minimize(loss)
+            states = {**batch, **{key: value.detach() for key, value in states.items()}}
+            if "goals" in names:
+                agent.train_goals(states)
+            with director.autocast(config):
+                traj = agent.imagine({key: states[key].flatten(0, 1)
+                                      for key in ("deter", "stoch", "is_terminal")})
+            views, copy_slow = agent.views(traj), step % config.slow_every == 0
+            if "worker" in names:
+                agent.worker.learn(views["worker"], copy_slow)
+            if {"manager", "critics"} & set(names):
+                manager.learn(views["manager"], copy_slow)
+    return played
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["table"]:
         for run in sys.argv[2:]:
             table(pathlib.Path(run))
+    elif sys.argv[1:2] == ["parts"] and len(sys.argv) > 3 and not set(sys.argv[3:]) - PARTS:
+        parts(*sys.argv[2:])
     elif sys.argv[1:] and sys.argv[1] in AGENTS:
         sys.exit(director.main(["--task=gym_PinPadTold-v0", *sys.argv[2:]], AGENTS[sys.argv[1]]))
     else:

@@ -9,7 +9,8 @@ for another player, who is elsewhere, and with goals of random codes, the worker
 most likely ones; then with the manager's goals and sampled actions, as in training. With --modes:
 manager and worker, both sampled or most likely. Of a flat agent, there are only two ways to act.
 With --watch: five episodes each, sampled and most likely actions, of every checkpoint that a run in
-progress writes; a line of them in RUN/held.jsonl, with the checkpoint's step.
+progress writes; a line of them in RUN/held.jsonl, with the checkpoint's step. Beside each mean
+return: the mean value of the critic on the way, and the value that the rewards on the way justify.
 """
 
 import argparse
@@ -27,15 +28,24 @@ import director
 EPISODES = 10
 
 
-def play(agent: director.Director, envs, mode: str) -> list[float]:
-    """Returns of an episode of each environment, side by side, and of those that end with them."""
+@torch.no_grad()
+def play(agent: director.Director, envs, mode: str) -> tuple[list[float], float, float]:
+    """Play an episode of each environment, side by side, and those that end with the last of them.
+
+    Returns their returns; the mean value, on the way, of the player that the task pays; and the
+    value that the rewards on the way justify: their mean, if it went on forever.
+    """
     torch.manual_seed(agent.config.seed)
     driver, state, scores = director.Driver(envs, agent.config.seed), None, []
+    player, values, rewards = agent.manager or agent.worker, [], []
     while len(scores) < envs.num_envs:
         action, state = agent.policy(driver.rows, state, mode)
+        values.append(director.symexp(player.critics["extr"](player.feat(state))).mean().item())
         driver.step(action.cpu().numpy(), state)
+        rewards.append(driver.rows["reward"].mean())
         scores += driver.score[driver.rows["is_last"]].tolist()
-    return scores
+    justified = float(np.mean(rewards)) / (1 - player.discount)
+    return scores, float(np.mean(values)), justified
 
 
 def watch(run: str):
@@ -48,7 +58,10 @@ def watch(run: str):
             continue
         step, steps = agent.origin["step"], agent.config.steps
         with director.vector_envs(agent.config, 5) as envs:
-            line = {"step": step, **{mode: play(agent, envs, mode) for mode in ("train", "eval")}}
+            line = {"step": step}
+            for mode in ("train", "eval"):
+                line[mode], line[f"{mode}_value"], line[f"{mode}_justified"] = (
+                    play(agent, envs, mode))
         print(line, flush=True)
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -96,12 +109,13 @@ def main(run: str, modes: bool = False) -> dict[tuple, list[float]]:
         for goals, mode in trials:
             if goals:
                 agent.choose = in_time(goals)
-            scores = play(agent, envs, mode)
+            scores, value, justified = play(agent, envs, mode)
             names = (goals.__name__.replace("_", " ") if goals else "none",
                      "most likely" if mode == "eval" else "sampled")
             results[names] = scores
             print(f"goals: {names[0]}, actions: {names[1]}: mean return {np.mean(scores):.1f} "
-                  f"({min(scores):.1f} to {max(scores):.1f})", flush=True)
+                  f"({min(scores):.1f} to {max(scores):.1f}), value {value:.2f}, justified "
+                  f"{justified:.2f}", flush=True)
     return results
 
 
