@@ -1,19 +1,17 @@
 """Why do returns of Pin Pad Three fall? The same task without images, at three times the speed.
 
     python experiments/falls.py AGENT [--seed 0 ...]      train; other flags are director.py's
-    python experiments/falls.py table RUN RUN ...         values beside what rewards justify
     python experiments/falls.py parts RUN PART ...        what mends it: learn on, these parts alone
 
 AGENT is "director", as it is, or "fresh", whose batches are drawn from running episodes, too.
 Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
-A RUN is the folder of any run of Director; for a table, also a file with its metrics, compressed or
-not. A PART is model, goals, worker, manager, critics (the manager's, with its actor as it is) or
-nearer (discount its choices by 0.92). They make 1000 gradient steps on the replay as it is, and are
-played, five episodes with sampled actions, before, half-way and after; nothing is written.
+A RUN is the folder of any run of Director. A PART is model, goals, worker, manager, critics (the
+manager's, with its actor as it is) or nearer (discount its choices by 0.92). These make 1000
+gradient steps on the replay as it is, and the agent plays five episodes before, half-way and after,
+its actions sampled: mean return, value on the way, and what the rewards justify, as lead.py has it.
+Nothing is written.
 """
 
-import gzip
-import json
 import pathlib
 import sys
 
@@ -70,34 +68,6 @@ PARTS = {"model", "goals", "worker", "manager", "critics", "nearer"}
 AGENTS = {"director": director.Director, "fresh": Fresh}
 
 
-def table(path: pathlib.Path, every: int = 8):
-    """Print, per `every` lines of training: the manager's reward and value, in its choices' units.
-
-    justified: the value that the mean reward of imagined choices would have, if it went on forever.
-    The manager's discount is that of the folder's config.json; without one, it is 0.99, or 0.92 if
-    the path has "nearer" in it.
-    """
-    discount = 0.92 if "nearer" in str(path) else 0.99
-    if path.is_dir():
-        config = json.loads((path / "config.json").read_text())
-        discount = config.get("manager_discount", config["discount"])
-        path = path / "metrics.jsonl"
-    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
-        lines = [json.loads(line) for line in file if line.endswith("\n")]
-    print(path, "    steps  return  reward  value  justified", sep="\n")
-    trained, scores = [], []
-    for line in lines:
-        scores += [line["episode/score"]] if "episode/score" in line else []
-        trained += [line] if "train/model_loss" in line else []
-        if len(trained) == every:
-            reward, value = (np.mean([x[f"train/manager_extr_{key}"] for x in trained])
-                             for key in ("reward", "value"))
-            score = f"{np.mean(scores):7.0f}" if scores else " " * 7
-            justified = reward / (1 - discount)
-            print(f"{line['step']:9} {score} {reward:7.4f} {value:6.2f} {justified:10.2f}")
-            trained, scores = [], []
-
-
 def parts(run: str, *names: str, steps: int = 1000) -> list[tuple]:
     """Print, and return, gradient steps, returns, value on the way and the value they justify."""
     agent, replay, played = director.load(run, Fresh), director.Replay(10**9), []
@@ -136,10 +106,7 @@ def parts(run: str, *names: str, steps: int = 1000) -> list[tuple]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["table"]:
-        for run in sys.argv[2:]:
-            table(pathlib.Path(run))
-    elif sys.argv[1:2] == ["parts"] and len(sys.argv) > 3 and not set(sys.argv[3:]) - PARTS:
+    if sys.argv[1:2] == ["parts"] and len(sys.argv) > 3 and not set(sys.argv[3:]) - PARTS:
         parts(*sys.argv[2:])
     elif sys.argv[1:] and sys.argv[1] in AGENTS:
         sys.exit(director.main(["--task=gym_PinPadTold-v0", *sys.argv[2:]], AGENTS[sys.argv[1]]))
