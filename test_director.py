@@ -1556,7 +1556,7 @@ def load_falls() -> dict:
     return runpy.run_path(str(HERE / "experiments/falls.py"))
 
 
-def test_pin_pad_as_a_vector_says_what_the_image_shows_and_fresh_draws_from_all_episodes():
+def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one_thing():
     falls = load_falls()
     told, shown, seen = falls["Told"](length=400), PinPad("three", length=400), {}
     check_env(told, skip_render_check=True)
@@ -1575,6 +1575,8 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_fresh_draws_from_all_
                     "is_first": np.array([t in (0, 20)]), "is_last": np.array([t == 19])})
     assert set(replay.sample(300, 4)["state"].flat) == set(range(30))
     assert list(replay.episodes) == [0]
+    tight = falls["Tighter"](told.observation_space, told.action_space, Config(size="xs", **TINY))
+    assert tight.world_model.kl_adapt.target == 1.0
 
 
 def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, capsys, monkeypatch):
