@@ -1333,10 +1333,17 @@ def test_files_follow_no_link_and_can_be_read_by_whom_the_umask_lets(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def start(tmp_path, *flags, **kwargs):
+def listen():
+    """Under nohup, or in the background of a script, tests and what they start ignore signals."""
+    for number in director.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(tmp_path, *flags, preexec_fn=listen, **kwargs):
     """A run that goes on for long, once it has begun to train."""
     command = [*PROGRAM, *RUN, "--steps=1000000", f"--logdir={tmp_path}", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=preexec_fn, **kwargs)
     for line in process.stdout:
         if line.startswith("step 150: "):
             break
