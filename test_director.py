@@ -1343,7 +1343,8 @@ def start(tmp_path, *flags, preexec_fn=listen, **kwargs):
     """A run that goes on for long, once it has begun to train."""
     command = [*PROGRAM, *RUN, "--steps=1000000", f"--logdir={tmp_path}", *flags]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, preexec_fn=preexec_fn, **kwargs)
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=preexec_fn,  # noqa: PLW1509
+        **kwargs)
     for line in process.stdout:
         if line.startswith("step 150: "):
             break
