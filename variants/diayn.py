@@ -64,7 +64,8 @@ class Agent(director.Director):
 
     def build(self, action: tuple):
         super().build(action)
-        self.manager = self.player(("deter", "stoch"), self.goals.groups, True, {"extr": 1.0})
+        self.manager = self.player(("deter", "stoch"), self.goals.groups, True, {"extr": 1.0},
+                                   discount=self.config.manager_discount)
 
     def pick(self, state: dict[str, Tensor]) -> Tensor:
         skill = super().pick(state)

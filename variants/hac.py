@@ -1,10 +1,9 @@
 """Three levels: a manager of managers, after Hierarchical Actor-Critic (HAC).
 
 Levy, Konidaris, Platt and Saenko, 2019. Every level but the lowest acts by setting goals for the
-one below, at its own pace, and is itself paid for reaching the goal from above. Such levels are
-hard to train together: the same goal leads elsewhere once the level below has learned. So HAC
-learns from *hindsight actions*: the state that was really reached counts as the goal that was
-asked for, as if the level below were perfect already.
+one below, at its own pace, and is paid for reaching the goal from above. Such levels are hard to
+train together: the same goal leads elsewhere once the level below has learned. So HAC learns from
+*hindsight actions*: the state that was reached counts as the goal that was asked for.
 
     python -m variants.hac --task pinpad_three [--top_duration 4] [--hindsight 1]
 
@@ -60,9 +59,10 @@ class Agent(director.Director):
         director.Optimizer(self.top_goals, config)
         self.sizes |= {"top_skill": self.sizes["skill"], "top_goal": self.sizes["goal"]}
         rewards = {"reach": 1.0} | ({"extr": config.middle_extr} if config.middle_extr else {})
-        self.manager = self.player((*parts, "top_goal"), self.goals.groups, True, rewards)
+        both = {"discrete": True, "discount": config.manager_discount}
+        self.manager = self.player((*parts, "top_goal"), self.goals.groups, rewards=rewards, **both)
         rewards = {"extr": 1.0, "expl": config.manager_expl}
-        self.top = self.player(parts, self.top_goals.groups, True, rewards)
+        self.top = self.player(parts, self.top_goals.groups, rewards=rewards, **both)
 
     @torch.no_grad()
     def choose(self, state: dict[str, Tensor], count: np.ndarray) -> dict[str, Tensor]:
