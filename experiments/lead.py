@@ -44,7 +44,7 @@ def play(agent: director.Director, envs, mode: str) -> tuple[list[float], float,
         driver.step(action.cpu().numpy(), state)
         rewards.append(driver.rows["reward"].mean())
         scores += driver.score[driver.rows["is_last"]].tolist()
-    justified = float(np.mean(rewards)) / (1 - player.discount)
+    justified = float(np.mean(rewards) / np.float64(1 - player.discount))  # or infinite
     return scores, float(np.mean(values)), justified
 
 
