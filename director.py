@@ -115,6 +115,7 @@ class Config:
     skill_groups: int = option(8, "groups of the manager's code", fixed=True)
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
+    kl_target: float = option((3.5,) * 3, "nats a step that the model need not foresee", low=0)
     discount: float = option(0.99, "of rewards, per step of the worker", low=0.01, high=1)
     manager_discount: float = option((0.99,) * 3, "per choice of the manager", low=0.01, high=1)
     lam: float = option(0.95, "lambda of the returns", low=0, high=1)
@@ -272,9 +273,8 @@ class AutoAdapt(nn.Module):
         above, below = mean > 1.1 * self.target, mean < self.target / 1.1
         grow, shrink = (below, above) if self.inverse else (above, below)
         scale = self.scale * torch.where(grow, 1.1, torch.where(shrink, 1 / 1.1, 1.0))
-        scale = scale.clamp(self.low, self.high)
-        self.scale.copy_(scale)
-        return scale * (-reg if self.inverse else reg)
+        self.scale.copy_(scale.clamp(self.low, self.high))
+        return self.scale.clone() * (-reg if self.inverse else reg)
 
 
 class Normalizer(nn.Module):
@@ -501,7 +501,7 @@ class WorldModel(nn.Module):
         self.decoder = Decoder(feat, obs_space, config)
         self.reward_head = MLP(feat, (), config)  # in symlog space
         self.cont_head = MLP(feat, (), config)  # logit of not being terminal
-        self.kl_adapt = AutoAdapt((), target=3.5, low=1e-5, high=1.0)
+        self.kl_adapt = AutoAdapt((), config.kl_target, low=1e-5, high=1.0)
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Filter chunks [B, T, ...]: embed, deter, stoch, and logits of posterior and prior."""

@@ -632,6 +632,17 @@ def test_manager_finds_the_code_that_pays():
     assert manager.dist(deter).probs[0, 0, 0, 1] > 0.9  # 0.95 or 0.96 on twenty seeds
 
 
+@pytest.mark.parametrize("target, scale", [(0, 1), (1e-3, 1), (1e9, 1.1**-3)])
+def test_the_kl_is_steered_to_its_flag(target, scale):
+    model, gen = make_agent(kl_target=target).world_model, torch.manual_seed(0)
+    states = {"post": torch.randn(2, 3, 16, generator=gen), "prior": torch.zeros(2, 3, 16)}
+    for _ in range(3):
+        loss, metrics = model.kl_loss(states)
+    close(metrics["kl_scale"], scale)  # of 0 to 1
+    close(loss.mean().detach(), metrics["kl"].detach() * scale, rtol=1e-5)
+    assert Config(size="paper", device="cpu").kl_target == 3.5
+
+
 def test_manager_and_worker_have_discounts_of_their_own(monkeypatch):
     agent, seen = make_agent(DISCRETE, discount=0.8, manager_discount=0.6), []
     lam, weights = director.lambda_return, director.trajectory_weights
@@ -1583,8 +1594,6 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
                     "is_first": np.array([t in (0, 20)]), "is_last": np.array([t == 19])})
     assert set(replay.sample(300, 4)["state"].flat) == set(range(30))
     assert list(replay.episodes) == [0]
-    tight = falls["Tighter"](told.observation_space, told.action_space, Config(size="xs", **TINY))
-    assert tight.world_model.kl_adapt.target == 1.0
 
 
 def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, capsys, monkeypatch):

@@ -3,8 +3,7 @@
     python experiments/falls.py AGENT [--seed 0 ...]      train; other flags are director.py's
     python experiments/falls.py parts RUN PART ...        what mends it: learn on, these parts alone
 
-AGENT is "director", as it is; "fresh", whose batches are drawn from running episodes, too; or
-"tighter", whose world model is allowed 1 nat per step that it did not foresee, instead of 3.5.
+AGENT is "director", as it is, or "fresh", whose batches are drawn from running episodes, too.
 Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
 A RUN is the folder of any run of Director. A PART is model, goals, worker, manager, critics (the
 manager's, with its actor as it is) or nearer (discount its choices by 0.92). These make 1000
@@ -65,17 +64,8 @@ class Fresh(director.Director):
                 self.episodes = finished
 
 
-class Tighter(director.Director):
-    loads = ("director",)
-
-    class WorldModel(director.WorldModel):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.kl_adapt.target = 1.0
-
-
 PARTS = {"model", "goals", "worker", "manager", "critics", "nearer"}
-AGENTS = {"director": director.Director, "fresh": Fresh, "tighter": Tighter}
+AGENTS = {"director": director.Director, "fresh": Fresh}
 
 
 def parts(run: str, *names: str, steps: int = 1000) -> list[tuple]:

@@ -13,7 +13,7 @@ analytic, and balanced as in Director's eq. 2. A mode is a mean.
 
 What is left out: World Models' prior is a mixture, and its latents know nothing of the past; those
 of PlaNet are fewer (30) and have free nats, where here, as in Director, the KL is weighted such
-that it stays at 3.5.
+that it stays at `--kl_target`.
 """
 
 import sys

@@ -14,7 +14,7 @@ sample, too, and a posterior with the logits
     prior's logits + correction(deter, coarse sample, embed)     (NVAE's residual, Section 3.2),
 
 with gradients through both terms. Each level has its balanced KL (Director's eq. 2) and a scale of
-its own; the target of 3.5 is split by numbers of groups. Whatever sees `stoch` sees both levels.
+its own; `--kl_target` is split by numbers of groups. Whatever sees `stoch` sees both levels.
 
 With a checkpoint of director.py the agent first acts as it did: weights for the fine level start at
 0, and so does the correction; Adam's moments start anew. Both levels are of the same moment; one
@@ -82,7 +82,8 @@ class WorldModel(director.WorldModel):
     def __init__(self, *args):
         super().__init__(*args)
         groups = torch.tensor([float(stoch) for stoch, _ in self.rssm.levels])
-        self.kl_adapt = director.AutoAdapt((2,), 3.5 * groups / groups.sum(), low=1e-5, high=1.0)
+        targets = self.kl_adapt.target * groups / groups.sum()
+        self.kl_adapt = director.AutoAdapt((2,), targets, low=1e-5, high=1.0)
 
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
         levels, metrics = [self.rssm.split(states[key]) for key in ("post", "prior")], {}
