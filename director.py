@@ -1330,6 +1330,10 @@ class Run:
                            dir=self.logdir, config=json.loads(settings), sync_tensorboard=True)
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
         self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=None)
+        with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+                    self.handlers[number] = signal.signal(number, self.stop)
         self.say(f"{config.task}: {self.variant} of size {config.size}, {config.precision} on "
                  f"{config.device}, in {self.logdir}")
         if self.saved:
@@ -1339,10 +1343,6 @@ class Run:
             self.say(f"Resumed at step {self.step}.{''.join(changed)}")
         if self.step < config.prefill:
             self.say(f"Until step {config.prefill} actions are random, then training starts.")
-        with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-            for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
-                    self.handlers[number] = signal.signal(number, self.stop)
 
     def claim(self):
         """Make the folder this process's, for as long as it lives; UserError if it cannot be."""
