@@ -1616,6 +1616,8 @@ def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, cap
         assert all(any(key.startswith(part) for part in parts) for key in learned), learned
         assert all(any(key.startswith(part) for key in learned) for part in parts), learned
     assert "4 gradient steps of model, worker: return" in capsys.readouterr().out
+    seen = run_program(monkeypatch, capsys, "foresee", tmp_path)
+    assert "rewards seen where there was none: " in seen and "place" not in seen
 
 
 def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):

@@ -5,7 +5,8 @@
 On the replay of a run: how often the place of the player in the decoded image is right after 1 and
 8 imagined steps; rewards that are seen where there was none; how many of those that were paid are
 seen where they were, and foreseen 1 and 8 steps before. Then what the agent does in its last
-episodes. Steps are imagined with the actions that were taken.
+episodes. Steps are imagined with the actions that were taken. Of a run without images (falls.py):
+the rewards alone.
 """
 
 import pathlib
@@ -14,7 +15,9 @@ import sys
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+import falls  # noqa: F401, registers its task
+
 import director
 
 
@@ -45,8 +48,9 @@ def main(run: str):
         return director.symexp(model.reward_head(feat))
 
     batch = agent.tensors(replay.sample(64, 32))
-    states, truth = model.observe(batch), place(batch["image"].float() / 255)
-    for steps in (1, 8):
+    states, seeing = model.observe(batch), "image" in batch
+    truth = place(batch["image"].float() / 255) if seeing else None
+    for steps in (1, 8) if seeing else ():
         image = model.decoder(ahead(batch, states, steps, 16 + steps))["image"]
         right = (place(image) == truth[:, 16 + steps]).float().mean()
         print(f"place right after {steps} imagined steps: {right:.2f}")
@@ -62,7 +66,8 @@ def main(run: str):
         for steps in (0, 1, 8):
             share = (reward(ahead(batch, states, steps, 24)) > 5).float().mean()
             print(f"of them foreseen {steps} steps before: {share:.2f}")
-    for x in episodes[-8:]:  # its moves, and its visits of another pad, which are dots in the margin
+    # Its moves, and its visits of another pad, which are dots in the margin.
+    for x in episodes[-8:] if seeing else ():
         cells = x["image"][:, ::4, ::4].astype(int)
         player = cells.sum(-1).reshape(len(cells), -1).argmin(-1)
         pads = np.abs(np.diff(cells[:, 14, 1:8:2], axis=0)).sum((1, 2)) > 0
