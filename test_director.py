@@ -37,6 +37,7 @@ from variants.pin_pad import PADS, PinPad
 HERE = pathlib.Path(director.__file__).parent
 sys.path.insert(0, str(HERE / "experiments"))
 import parity
+from told import Told
 
 CONTINUOUS, DISCRETE = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(5)
 TINY = {
@@ -1576,7 +1577,7 @@ def load_falls() -> dict:
 
 def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one_thing():
     falls = load_falls()
-    told, shown, seen = falls["Told"](length=400), PinPad("three", length=400), {}
+    told, shown, seen = Told(length=400), PinPad("three", length=400), {}
     check_env(told, skip_render_check=True)
     rng, obs = np.random.default_rng(0), [env.reset(seed=3)[0] for env in (told, shown)]
     for _ in range(400):
@@ -1597,7 +1598,7 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
 
 def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, capsys, monkeypatch):
     falls = load_falls()
-    gymnasium.register("ShortTold-v0", functools.partial(falls["Told"], length=30))
+    gymnasium.register("ShortTold-v0", functools.partial(Told, length=30))
     flags = [*RUN, "--task=gym_ShortTold-v0", f"--logdir={tmp_path}", "--steps=140"]
     assert director.main([*flags, "--manager_discount=0.5"]) == 0
     made, load = [], director.load
@@ -1606,7 +1607,7 @@ def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, cap
     for names, parts in ((("goals",), {"goals"}), (("manager", "nearer"), {"manager"}),
                          (("critics",), {"manager.critics", "manager.slow"}),
                          (("model", "worker"), {"world_model", "worker"})):
-        played = falls["parts"](tmp_path, *names, steps=4)
+        played = falls["parts"](tmp_path, names, steps=4)
         assert [step for step, *_ in played] == [0, 2, 4]
         assert all(len(scores) == 5 for _, scores, _, _ in played)
         assert made[-1].manager.discount == (0.92 if "nearer" in names else 0.5)
@@ -1618,6 +1619,15 @@ def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, cap
     assert "4 gradient steps of model, worker: return" in capsys.readouterr().out
     seen = run_program(monkeypatch, capsys, "foresee", tmp_path)
     assert "rewards seen where there was none: " in seen and "place" not in seen
+
+
+def test_programs_say_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monkeypatch):
+    for command in (["lead", tmp_path, "--watch"], ["levels", tmp_path], ["reach", tmp_path],
+                    ["falls", "parts", tmp_path, "model"]):
+        with pytest.raises(SystemExit) as raised:
+            run_program(monkeypatch, capsys, *command)
+        assert raised.value.code == 2
+        assert re.fullmatch(rf"{command[0]}.py: .*checkpoint.pt.*\n", capsys.readouterr().err)
 
 
 def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):

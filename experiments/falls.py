@@ -15,37 +15,14 @@ Nothing is written.
 import pathlib
 import sys
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
 import lead
+from command import command
 
 import director
-from variants.pin_pad import PinPad
-
-
-class Told(PinPad):
-    """Pin Pad that tells what its image shows: x, y, the last pads visited, whether it was paid."""
-
-    def __init__(self, name: str = "three", length: int = 2000):
-        super().__init__(name, length)
-        self.size = 14 + 12 + len(self.target) ** 2 + 1
-        self.observation_space = spaces.Dict(
-            {"state": spaces.Box(0, 1, (self.size,), np.float32)})
-
-    def look(self) -> dict[str, np.ndarray]:
-        state, (x, y) = np.zeros(self.size, np.float32), self.player
-        state[[x - 1, 14 + y - 1]] = 1
-        for place, pad in enumerate(self.history):
-            state[26 + place * len(self.target) + pad - 1] = 1
-        state[-1] = self.countdown > 0
-        return {"state": state}
-
-
-gymnasium.register("PinPadTold-v0", Told)
 
 
 class Fresh(director.Director):
@@ -64,11 +41,11 @@ class Fresh(director.Director):
                 self.episodes = finished
 
 
-PARTS = {"model", "goals", "worker", "manager", "critics", "nearer"}
+PARTS = "model", "goals", "worker", "manager", "critics", "nearer"
 AGENTS = {"director": director.Director, "fresh": Fresh}
 
 
-def parts(run: str, *names: str, steps: int = 1000) -> list[tuple]:
+def parts(run: str, names: list[str], steps: int = 1000) -> list[tuple]:
     """Print, and return, gradient steps, returns, value on the way and the value they justify."""
     agent, replay, played = director.load(run, Fresh), director.Replay(10**9), []
     config, manager = agent.config, agent.manager
@@ -106,8 +83,8 @@ def parts(run: str, *names: str, steps: int = 1000) -> list[tuple]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["parts"] and len(sys.argv) > 3 and not set(sys.argv[3:]) - PARTS:
-        parts(*sys.argv[2:])
+    if sys.argv[1:2] == ["parts"]:
+        command(parts, __doc__, sys.argv[2:], names={"nargs": "+", "choices": PARTS})
     elif sys.argv[1:] and sys.argv[1] in AGENTS:
         sys.exit(director.main(["--task=gym_PinPadTold-v0", *sys.argv[2:]], AGENTS[sys.argv[1]]))
     else:

@@ -6,7 +6,6 @@ For an agent that sees pixels; the worker takes its most likely actions. By defa
 episode, to RUN/pictures/filmstrip.png.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -14,7 +13,9 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+from command import command
+
 import director
 
 
@@ -25,7 +26,7 @@ def main(run: str, steps: int | None = None, out: str | None = None) -> pathlib.
     with director.vector_envs(agent.config, 1) as envs:
         driver = director.Driver(envs, agent.config.seed)
         if "image" not in driver.rows:
-            sys.exit(f"filmstrip.py: the agent in {run} sees no pixels")
+            raise director.UserError(f"the agent in {run} sees no pixels")
         while not driver.rows["is_last"][0] and len(driver.film) < (steps or np.inf):
             action, state = agent.policy(driver.rows, state, mode="eval")
             driver.step(action.cpu().numpy(), state)
@@ -43,8 +44,5 @@ def main(run: str, steps: int | None = None, out: str | None = None) -> pathlib.
 
 
 if __name__ == "__main__":  # environments may start processes
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="the folder of a trained agent")
-    parser.add_argument("--steps", type=int, help="end there")
-    parser.add_argument("--out", help="the picture to write")
-    main(**vars(parser.parse_args()))
+    command(main, __doc__, **{"--steps": {"type": int, "help": "end there"},
+                              "--out": {"help": "the picture to write"}})

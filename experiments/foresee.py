@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
-import falls  # noqa: F401, registers its task
+from command import command
 
 import director
 
@@ -76,4 +76,4 @@ def main(run: str):
 
 
 if __name__ == "__main__":  # environments may start processes
-    main(sys.argv[1])
+    command(main, __doc__)

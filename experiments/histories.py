@@ -14,7 +14,9 @@ import sys
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+from command import command
+
 import director
 from variants.pin_pad import PinPad
 
@@ -73,4 +75,4 @@ def main(run: str):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    command(main, __doc__)

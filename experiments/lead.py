@@ -13,7 +13,6 @@ progress writes; a line of them in RUN/held.jsonl, with the checkpoint's step. B
 return: the mean value of the critic on the way, and the value that the rewards on the way justify.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -22,7 +21,9 @@ import time
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+from command import command
+
 import director
 
 EPISODES = 10
@@ -48,12 +49,12 @@ def play(agent: director.Director, envs, mode: str) -> tuple[list[float], float,
     return scores, float(np.mean(values)), justified
 
 
-def watch(run: str):
+def play_checkpoints(run: str):
     """Play each checkpoint once, until the run has made all its steps."""
-    path, step, steps = pathlib.Path(run, "held.jsonl"), 0, 1
+    folder, step, steps = pathlib.Path(run), 0, 1
     while step < steps:
-        agent = director.load(run)
-        if agent.origin["step"] == step:
+        early = (folder / "config.json").exists() and not (folder / "checkpoint.pt").exists()
+        if early or (agent := director.load(run)).origin["step"] == step:
             time.sleep(60)
             continue
         step, steps = agent.origin["step"], agent.config.steps
@@ -63,13 +64,15 @@ def watch(run: str):
                 line[mode], line[f"{mode}_value"], line[f"{mode}_justified"] = (
                     play(agent, envs, mode))
         print(line, flush=True)
-        with open(path, "a") as file:
+        with open(folder / "held.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 @torch.no_grad()
-def main(run: str, modes: bool = False) -> dict[tuple, list[float]]:
+def main(run: str, modes: bool = False, watch: bool = False) -> dict[tuple, list[float]]:
     """Print mean returns; returns all of them by (goals, actions)."""
+    if watch:
+        return play_checkpoints(run)
     agent, results = director.load(run), {}
     config, choose = agent.config, agent.choose
 
@@ -120,9 +123,6 @@ def main(run: str, modes: bool = False) -> dict[tuple, list[float]]:
 
 
 if __name__ == "__main__":  # environments may start processes
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="the folder of a trained agent")
-    parser.add_argument("--modes", action="store_true", help="sampled or most likely choices")
-    parser.add_argument("--watch", action="store_true", help="every checkpoint of a run")
-    flags = vars(parser.parse_args())
-    watch(flags["run"]) if flags.pop("watch") else main(**flags)
+    command(main, __doc__, **{
+        "--modes": {"action": "store_true", "help": "sampled or most likely choices"},
+        "--watch": {"action": "store_true", "help": "every checkpoint of a run in progress"}})

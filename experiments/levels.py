@@ -14,9 +14,11 @@ import sys
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+from command import command
+from foresee import place
+
 import director
-from experiments.foresee import place
 from variants import hdreamer
 
 
@@ -43,9 +45,10 @@ def probe(seen: torch.Tensor, told: torch.Tensor, train: torch.Tensor) -> float:
 @torch.no_grad()
 def main(run: str):
     torch.manual_seed(0)
-    saved = torch.load(pathlib.Path(run, "checkpoint.pt"), weights_only=True)
-    levels = saved["variant"] == "hdreamer"
-    agent = director.load(run, hdreamer.Agent if levels else director.Director)
+    try:
+        agent, levels = director.load(run, hdreamer.Agent), True
+    except director.UserError:
+        agent, levels = director.load(run), False
     replay, held_out = director.Replay(10**9), director.Replay(10**9)
     with director.vector_envs(agent.config, 1) as envs:
         rows = director.Driver(envs, agent.config.seed).rows
@@ -82,4 +85,4 @@ def main(run: str):
 
 
 if __name__ == "__main__":  # environments may start processes
-    main(sys.argv[1])
+    command(main, __doc__)

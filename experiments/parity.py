@@ -68,7 +68,8 @@ def copy_mlp(file, prefix: str, mlp: director.MLP):
 def copy_weights(file, agent: director.Director):
     """Give an agent the official program's first weights."""
     model = agent.world_model
-    for prefix, network in (("encoder", model.encoder.image), ("head_decoder", model.decoder.image)):
+    networks = {"encoder": model.encoder.image, "head_decoder": model.decoder.image}
+    for prefix, network in networks.items():
         layers = [(x, f"_cnn/conv{i // 3}") for i, x in enumerate(network) if i % 3 < 2]
         if prefix == "head_decoder":
             layers[-1] = layers[-1][0], "_cnn/out"
@@ -95,9 +96,9 @@ def copy_weights(file, agent: director.Director):
         else:  # theirs has two output layers, ours one with both
             parts = [[torch.from_numpy(file[f"w0/{name}_actor/dist_out/{part}/{key}"])
                       for part in ("out", "std")] for key in ("kernel", "bias")]
-            copy_mlp({**file, f"w0/{name}_actor/dist_out/out/kernel": torch.cat(parts[0], 1).numpy(),
-                      f"w0/{name}_actor/dist_out/out/bias": torch.cat(parts[1]).numpy()},
-                     f"w0/{name}_actor", player.actor)
+            out = f"w0/{name}_actor/dist_out/out"
+            copy_mlp({**file, f"{out}/kernel": torch.cat(parts[0], 1).numpy(),
+                      f"{out}/bias": torch.cat(parts[1]).numpy()}, f"w0/{name}_actor", player.actor)
 
 
 def compare(kind: str) -> dict[str, float]:
@@ -129,7 +130,8 @@ def compare(kind: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     results = {kind: compare(kind) for kind in ("continuous", "discrete")}
-    print(f"{'largest relative difference of five steps':42}" + "".join(f"{x:>12}" for x in results))
+    title = "largest relative difference of five steps"
+    print(f"{title:42}" + "".join(f"{kind:>12}" for kind in results))
     for name in METRICS:
         print(f"{name:42}" + "".join(f"{errors[name]:12.1e}" for errors in results.values()))
     worst = max(max(errors.values()) for errors in results.values())

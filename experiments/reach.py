@@ -15,7 +15,9 @@ import sys
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
+from command import command
+
 import director
 
 
@@ -23,7 +25,7 @@ import director
 def main(run: str):
     agent, replay = director.load(run), director.Replay(10**9)
     if not agent.manager:
-        sys.exit(f"reach.py: the agent in {run} is a flat one, without goals")
+        raise director.UserError(f"the agent in {run} is a flat one, without goals")
     model, config, size = agent.world_model, agent.config, agent.sizes["action"]
     torch.manual_seed(0)
     with director.vector_envs(config, 1) as envs:
@@ -68,4 +70,4 @@ def main(run: str):
 
 
 if __name__ == "__main__":  # environments may start processes
-    main(sys.argv[1])
+    command(main, __doc__)
