@@ -331,7 +331,7 @@ def hidden_layers(inputs: int, config: Config) -> nn.Sequential:
 
 
 class MLP(nn.Module):
-    """Hidden layers and a linear one, [..., inputs] -> [..., *outputs], in float32."""
+    """Hidden layers and a linear one that is float32 always, [..., inputs] -> [..., *outputs]."""
 
     def __init__(self, inputs: int, outputs: tuple, config: Config):
         super().__init__()
@@ -340,7 +340,9 @@ class MLP(nn.Module):
         self.out = glorot(nn.Linear(config.units, math.prod(outputs)), 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hidden(x)).float().reshape(*x.shape[:-1], *self.outputs)
+        hidden = self.hidden(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 keeps 8 bits of a value
+            return self.out(hidden).reshape(*x.shape[:-1], *self.outputs)
 
 
 def convolutions(kind: type, channels: list[int], kernels: list[int]) -> list[nn.Module]:
@@ -519,11 +521,10 @@ class WorldModel(nn.Module):
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """What keeps posterior and prior together, [B, T], and metrics."""
         kl = balanced_kl(states["post"], states["prior"], 0.8)
-        loss = self.kl_adapt(kl)
         metrics = {"kl": kl.mean(), "kl_scale": self.kl_adapt.scale}
         for key in ("prior", "post"):
             metrics[f"{key}_ent"] = OneHot(states[key]).entropy().sum(-1).mean()
-        return loss, metrics
+        return self.kl_adapt(kl), metrics
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict, dict]:
         """Paper, eq. 2, on chunks [B, T, ...]: loss, states [B, T, ...], metrics."""
@@ -946,8 +947,7 @@ class Replay:
         self.episodes = {}  # name: {key: array [length, ...]}, finished, oldest first
         self.running = {}  # environment: (name, {key: list of length})
         self.names = itertools.count()
-        self.saved = {}  # name: length in its file
-        self.steps = 0
+        self.saved, self.steps = {}, 0  # name: length in its file; of all episodes together
 
     def add(self, rows: dict[str, np.ndarray]):
         """Add one step of each environment, arrays [E, ...] as in `Driver.rows`."""

@@ -512,6 +512,19 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(modes, monkeypatch)
         assert (half - full).norm() < 0.15 * full.norm() + 1e-3, full.shape
 
 
+def test_values_are_told_apart_in_bfloat16():
+    """A choice nearer to a reward is worth 1% more, which bfloat16 would round away."""
+    agent = make_agent(precision="bfloat16", units=64)
+    critic, feat = agent.manager.critics["extr"], torch.randn(200, 32)
+    with torch.no_grad():
+        critic.out.bias.fill_(3.0)
+        exact = critic(feat)
+        with director.autocast(agent.config):
+            value = critic(feat)
+    assert value.dtype == torch.float32 and 0 < (value - exact).std() < 0.1 * exact.std()
+    assert len(value.unique()) > 150 > len(exact.bfloat16().unique())
+
+
 # ---- Fast paths -----------------------------------------------------------------------------
 
 
@@ -1588,6 +1601,10 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
         assert rest == others
     assert len(set(seen.values())) == len(seen) > 50
     assert any(np.frombuffer(state, np.float32)[-1] for state in seen)
+    config = Config(size="xs", **TINY)
+    rounded = falls["Rounded"](told.observation_space, told.action_space, config)
+    value = rounded.manager.critics["extr"](torch.randn(9, 32).requires_grad_())
+    assert torch.equal(value, value.bfloat16().float()) and value.requires_grad
     replay = falls["Fresh"].Replay(1000)
     for t in range(30):
         replay.add({"state": np.array([[t]]), "reward": np.zeros(1),

@@ -3,7 +3,8 @@
     python experiments/falls.py AGENT [--seed 0 ...]      train; other flags are director.py's
     python experiments/falls.py parts RUN PART ...        what mends it: learn on, these parts alone
 
-AGENT is "director", as it is, or "fresh", whose batches are drawn from running episodes, too.
+AGENT is "director", as it is, "fresh", whose batches are drawn from running episodes, too, or
+"rounded", whose networks' outputs are rounded to bfloat16's 8 bits.
 Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
 A RUN is the folder of any run of Director. A PART is model, goals, worker, manager, critics (the
 manager's, with its actor as it is) or nearer (discount its choices by 0.92). These make 1000
@@ -41,8 +42,21 @@ class Fresh(director.Director):
                 self.episodes = finished
 
 
+class Rounded(director.Director):
+    """Outputs of networks as bfloat16 holds them, as --precision bfloat16 once had them."""
+
+    loads = ("director",)
+
+    def build(self, action):
+        super().build(action)
+        for module in self.modules():
+            if isinstance(module, director.MLP):
+                module.register_forward_hook(
+                    lambda module, seen, out: out + (out.bfloat16().float() - out).detach())
+
+
 PARTS = "model", "goals", "worker", "manager", "critics", "nearer"
-AGENTS = {"director": director.Director, "fresh": Fresh}
+AGENTS = {"director": director.Director, "fresh": Fresh, "rounded": Rounded}
 
 
 def parts(run: str, names: list[str], steps: int = 1000) -> list[tuple]:
