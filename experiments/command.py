@@ -1,13 +1,25 @@
-"""The command line of the programs in this folder that look at a run: its folder, and flags."""
+"""What the programs in this folder that look at a run have in common: command line, replay."""
 
 import argparse
 import pathlib
 import sys
 
+import torch
+
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
 import told  # noqa: F401, the task of some runs
 
 import director
+
+
+def agent_and_replay(run: str, agent: type = director.Director, **flags):
+    """The agent of a run, as `director.load` has it, and what it has seen."""
+    agent, replay = director.load(run, agent, **flags), director.Replay(10**9)
+    with director.vector_envs(agent.config, 1) as envs:
+        rows = director.Driver(envs, agent.config.seed).rows
+    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
+    torch.manual_seed(0)
+    return agent, replay
 
 
 def command(main, doc: str, argv: list[str] | None = None, **arguments: dict) -> None:

@@ -21,7 +21,7 @@ import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
 import lead
-from command import command
+from command import agent_and_replay, command
 
 import director
 
@@ -61,16 +61,13 @@ AGENTS = {"director": director.Director, "fresh": Fresh, "rounded": Rounded}
 
 def parts(run: str, names: list[str], steps: int = 1000) -> list[tuple]:
     """Print, and return, gradient steps, returns, value on the way and the value they justify."""
-    agent, replay, played = director.load(run, Fresh), director.Replay(10**9), []
+    (agent, replay), played = agent_and_replay(run, Fresh), []
     config, manager = agent.config, agent.manager
     if "nearer" in names:
         manager.discount = 0.92
     if "critics" in names:
         manager.actor.optimizer.minimize = lambda loss: torch.zeros(())
-    torch.manual_seed(0)
     with director.vector_envs(config, 5) as envs:
-        replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"],
-                    director.Driver(envs, config.seed).rows)
         for step in range(steps + 1):
             if step % (steps // 2) == 0:
                 played.append((step, *lead.play(agent, envs, "train")))

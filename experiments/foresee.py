@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
-from command import command
+from command import agent_and_replay, command
 
 import director
 
@@ -29,13 +29,8 @@ def place(image: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def main(run: str):
-    agent, replay = director.load(run), director.Replay(10**9)
-    model, config = agent.world_model, agent.config
-    torch.manual_seed(0)
-    with director.vector_envs(config, 1) as envs:
-        rows = director.Driver(envs, config.seed).rows
-    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
-    episodes = list(replay.episodes.values())
+    agent, replay = agent_and_replay(run)
+    model, episodes = agent.world_model, list(replay.episodes.values())
 
     def ahead(batch: dict, states: dict, steps: int, at: int) -> torch.Tensor:
         """Features [B, F] of state `at`, after so many imagined steps."""

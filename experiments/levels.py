@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
-from command import command
+from command import agent_and_replay, command
 from foresee import place
 
 import director
@@ -44,15 +44,11 @@ def probe(seen: torch.Tensor, told: torch.Tensor, train: torch.Tensor) -> float:
 
 @torch.no_grad()
 def main(run: str):
-    torch.manual_seed(0)
     try:
-        agent, levels = director.load(run, hdreamer.Agent), True
+        agent, replay = agent_and_replay(run, hdreamer.Agent)
     except director.UserError:
-        agent, levels = director.load(run), False
-    replay, held_out = director.Replay(10**9), director.Replay(10**9)
-    with director.vector_envs(agent.config, 1) as envs:
-        rows = director.Driver(envs, agent.config.seed).rows
-    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
+        agent, replay = agent_and_replay(run)
+    levels, held_out = isinstance(agent, hdreamer.Agent), director.Replay(10**9)
     for name in list(replay.episodes)[::4]:
         held_out.episodes[name] = replay.episodes.pop(name)
     model, parts, told, errors = agent.world_model, [], [], []

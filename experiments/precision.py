@@ -15,19 +15,15 @@ import sys
 import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
-from command import command
+from command import agent_and_replay, command
 
 import director
 
 
 @torch.no_grad()
 def main(run: str):
-    agent, replay = director.load(run, precision="float32"), director.Replay(10**9)
+    agent, replay = agent_and_replay(run, precision="float32")
     config = agent.config
-    torch.manual_seed(0)
-    with director.vector_envs(config, 1) as envs:
-        rows = director.Driver(envs, config.seed).rows
-    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
     batch = agent.tensors(replay.sample(8, 32))
     states = batch | agent.world_model.observe(batch)
     traj = agent.imagine({key: states[key].flatten(0, 1)

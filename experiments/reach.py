@@ -16,21 +16,17 @@ import numpy as np
 import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
-from command import command
+from command import agent_and_replay, command
 
 import director
 
 
 @torch.no_grad()
 def main(run: str):
-    agent, replay = director.load(run), director.Replay(10**9)
+    agent, replay = agent_and_replay(run)
     if not agent.manager:
         raise director.UserError(f"the agent in {run} is a flat one, without goals")
-    model, config, size = agent.world_model, agent.config, agent.sizes["action"]
-    torch.manual_seed(0)
-    with director.vector_envs(config, 1) as envs:
-        rows = director.Driver(envs, config.seed).rows
-    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
+    model, size = agent.world_model, agent.sizes["action"]
     batch = agent.tensors(replay.sample(32, 32))
     states = model.observe(batch)
     deter, stoch = (states[key][:, 8:24].flatten(0, 1) for key in ("deter", "stoch"))
