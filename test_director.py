@@ -1646,6 +1646,10 @@ def test_programs_say_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, mon
             run_program(monkeypatch, capsys, *command)
         assert raised.value.code == 2
         assert re.fullmatch(rf"{command[0]}.py: .*checkpoint.pt.*\n", capsys.readouterr().err)
+    (tmp_path / "config.json").write_text("{}")  # a run that has begun: watched, once it has saved
+    monkeypatch.setattr(time, "sleep", lambda seconds: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_program(monkeypatch, capsys, "lead", tmp_path, "--watch")
 
 
 def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):
