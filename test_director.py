@@ -1570,8 +1570,7 @@ def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
     assert director.main([*flags, "--steps=808"]) == 0
     programs = {("histories",): 32, ("foresee",): 6, ("lead", "--modes"): 12, ("reach",): 18,
-                ("precision",): 27,
-                ("lead", "--watch"): 10}
+                ("precision",): 27, ("cover", "--goals"): 18, ("lead", "--watch"): 10}
     for (name, *options), amount in programs.items():
         text = run_program(monkeypatch, capsys, name, tmp_path, *options)
         values = [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
@@ -1594,7 +1593,10 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
     told, shown, seen = Told(length=400), PinPad("three", length=400), {}
     check_env(told, skip_render_check=True)
     rng, obs = np.random.default_rng(0), [env.reset(seed=3)[0] for env in (told, shown)]
+    places = runpy.run_path(str(HERE / "experiments/cover.py"))["places"]
     for _ in range(400):
+        assert all(places({key: x[None] for key, x in y.items()}).tolist() == [[*shown.player]]
+                   for y in obs)
         state, image = obs[0]["state"].tobytes(), obs[1]["image"].tobytes()
         assert seen.setdefault(state, image) == image
         action = int(rng.integers(5)) if rng.random() < 0.3 else towards_next_pad(shown)
@@ -1612,6 +1614,19 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
                     "is_first": np.array([t in (0, 20)]), "is_last": np.array([t == 19])})
     assert set(replay.sample(300, 4)["state"].flat) == set(range(30))
     assert list(replay.episodes) == [0]
+
+
+def test_cover_counts_cells_moves_changes_of_pads_and_payments():
+    cells = np.array([[0, 0, 1, 1], [2, 0, 0, 3]])
+    ways = [(0, 0), (1, 0), (2, 0), (3, 0), (3, 0), (3, 1), (2, 1), (3, 1), (2, 0)], [(0, 1)] * 7
+    names = runpy.run_path(str(HERE / "experiments/cover.py"))
+    ways = iter([np.array(way) for way in ways])
+    names["cover"].__globals__["places"] = lambda episode: next(ways)  # x, y
+    result = names["cover"](cells, [{"reward": np.array([0, 10, 0, 10])}, {"reward": np.zeros(3)}])
+    shares = np.array([7, 1, 1, 2, 2, 2, 1]) / 16
+    assert result == pytest.approx({
+        "cells": np.exp(-(shares * np.log(shares)).sum()), "still": (1 / 8 + 1) / 2,
+        "changes": 2 / 2, "paid": 1.0})
 
 
 def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, capsys, monkeypatch):
