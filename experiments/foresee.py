@@ -1,12 +1,14 @@
 """Pin Pad: what has a world model learned, the player's place, its motion, the reward ahead?
 
     python experiments/foresee.py RUN
+    python experiments/foresee.py RUN --random
 
-On the replay of a run: how often the place of the player in the decoded image is right after 1 and
-8 imagined steps; rewards that are seen where there was none; how many of those that were paid are
-seen where they were, and foreseen 1 and 8 steps before. Then what the agent does in its last
+On the replay of a run: how often the place of the player in the decoded image is right after 0, 1
+and 8 imagined steps; rewards that are seen where there was none; how many of those that were paid
+are seen where they were, and foreseen 1 and 8 steps before. Then what the agent does in its last
 episodes. Steps are imagined with the actions that were taken. Of a run without images (falls.py):
-the rewards alone.
+the rewards alone. With --random, the same on four new episodes of random actions, which go
+everywhere, where a replay may show one corner, and of which the model has learned nothing.
 """
 
 import pathlib
@@ -17,6 +19,7 @@ import torch
 
 sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parent))
 from command import agent_and_replay, command
+from cover import play
 
 import director
 
@@ -28,8 +31,12 @@ def place(image: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def main(run: str):
+def main(run: str, random: bool = False):
     agent, replay = agent_and_replay(run)
+    if random:
+        with director.vector_envs(agent.config, 4) as envs:
+            new = enumerate(play(agent, envs, random=True))
+        replay.episodes = dict(new)
     model, episodes = agent.world_model, list(replay.episodes.values())
 
     def ahead(batch: dict, states: dict, steps: int, at: int) -> torch.Tensor:
@@ -45,7 +52,7 @@ def main(run: str):
     batch = agent.tensors(replay.sample(64, 32))
     states, seeing = model.observe(batch), "image" in batch
     truth = place(batch["image"].float() / 255) if seeing else None
-    for steps in (1, 8) if seeing else ():
+    for steps in (0, 1, 8) if seeing else ():
         image = model.decoder(ahead(batch, states, steps, 16 + steps))["image"]
         right = (place(image) == truth[:, 16 + steps]).float().mean()
         print(f"place right after {steps} imagined steps: {right:.2f}")
@@ -71,4 +78,4 @@ def main(run: str):
 
 
 if __name__ == "__main__":  # environments may start processes
-    command(main, __doc__)
+    command(main, __doc__, **{"--random": {"action": "store_true", "help": "on random actions"}})
