@@ -1569,8 +1569,9 @@ def run_program(monkeypatch, capsys, *command) -> str:
 def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
     assert director.main([*flags, "--steps=808"]) == 0
-    programs = {("histories",): 32, ("foresee", "--random"): 5, ("lead", "--modes"): 12, ("reach",): 18,
-                ("precision",): 27, ("cover", "--goals"): 18, ("lead", "--watch"): 10}
+    programs = {("histories",): 32, ("foresee", "--random"): 5, ("lead", "--modes"): 12,
+                ("reach",): 18, ("precision",): 27, ("cover", "--goals"): 18,
+                ("lead", "--watch"): 10}
     for (name, *options), amount in programs.items():
         text = run_program(monkeypatch, capsys, name, tmp_path, *options)
         values = [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
