@@ -1609,6 +1609,17 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
     rounded = falls["Rounded"](told.observation_space, told.action_space, config)
     value = rounded.manager.critics["extr"](torch.randn(9, 32).requires_grad_())
     assert torch.equal(value, value.bfloat16().float()) and value.requires_grad
+    wanderer = falls["Wanderer"](told.observation_space, told.action_space, config)
+    likely = wanderer.worker.actor.out.bias.data
+    likely[2] = 50.0
+    rows = {"state": np.zeros((500, told.size), np.float32)}
+    for wanderer.grad_steps, least, most in ((3749, 0.2, 0.2), (3750, 0.0, 1.0)):
+        action, state = wanderer.policy(rows)
+        assert torch.equal(action, state["action"]) and (action.sum(-1) == 1).all()
+        shares = action.mean(0)
+        assert shares.min() == pytest.approx(least, abs=0.07)
+        assert shares[2] == pytest.approx(most, abs=0.07)
+        assert (wanderer.policy(rows, mode="eval")[0].argmax(-1) == 2).all()
     replay = falls["Fresh"].Replay(1000)
     for t in range(30):
         replay.add({"state": np.array([[t]]), "reward": np.zeros(1),
