@@ -1578,6 +1578,9 @@ def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
         assert len(values) >= amount, (name, text)
         if name in ("foresee", "reach"):  # shares and cosines
             assert all(-1 <= x <= 1 for x in values), (name, text)
+    for flags in ([f"--logdir={tmp_path}", "--prefill=404"], RUN):
+        text = run_program(monkeypatch, capsys, "sight", *flags, "--steps=1", "--kl_weight=9")
+        assert re.findall(r"(\d+) gradient steps:", text) == ["0", "1"] and "| 8 ahead " in text
     run_program(monkeypatch, capsys, "filmstrip", tmp_path)
     image = imageio.imread(tmp_path / "pictures/filmstrip.png")
     assert image.shape == (128, 256, 3)
