@@ -35,8 +35,7 @@ def main(run: str, random: bool = False):
     agent, replay = agent_and_replay(run)
     if random:
         with director.vector_envs(agent.config, 4) as envs:
-            new = enumerate(play(agent, envs, random=True))
-        replay.episodes = dict(new)
+            replay.episodes = dict(enumerate(play(agent, envs, random=True)))
     model, episodes = agent.world_model, list(replay.episodes.values())
 
     def ahead(batch: dict, states: dict, steps: int, at: int) -> torch.Tensor:

@@ -45,18 +45,16 @@ def random_steps(config: Config, steps: int, seed: int) -> director.Replay:
 @torch.no_grad()
 def errors(agent: director.Director, batches: list[dict[str, np.ndarray]]) -> dict[int, float]:
     """By steps ahead: mean squared errors of the images of step 18 of these chunks [B, T, ...]."""
-    model, result = agent.world_model, {}
-    for ahead in (0, 1, 8):
-        values = []
-        for batch in map(agent.tensors, batches):
-            states = model.observe(batch)
+    model, values = agent.world_model, {0: [], 1: [], 8: []}
+    for batch in map(agent.tensors, batches):
+        states = model.observe(batch)
+        for ahead, rows in values.items():
             deter, stoch = (states[key][:, 18 - ahead] for key in ("deter", "stoch"))
             for t in range(19 - ahead, 19):
                 deter, stoch = model.rssm.img_step(deter, stoch, batch["action"][:, t])
             image = model.decoder(torch.cat([deter, stoch], -1))["image"]
-            values.append(((image - batch["image"][:, 18].float() / 255) ** 2).sum((1, 2, 3)))
-        result[ahead] = torch.cat(values).mean().item()
-    return result
+            rows.append(((image - batch["image"][:, 18].float() / 255) ** 2).sum((1, 2, 3)))
+    return {ahead: torch.cat(rows).mean().item() for ahead, rows in values.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[int, float]:
