@@ -1569,16 +1569,20 @@ def run_program(monkeypatch, capsys, *command) -> str:
 def test_the_programs_that_measured_run(tmp_path, capsys, monkeypatch):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={tmp_path}", "--prefill=800"]
     assert director.main([*flags, "--steps=808"]) == 0
-    programs = {("histories",): 32, ("foresee", "--random"): 5, ("lead", "--modes"): 12,
-                ("reach",): 18, ("precision",): 27, ("cover", "--goals"): 18,
-                ("lead", "--watch"): 10}
+    histories = runpy.run_path(str(HERE / "experiments/histories.py"))["main"]
+    histories.__globals__["STEPS"] = 16
+    capsys.readouterr()
+    histories(tmp_path)
+    assert len(re.findall(r"-?\d+\.\d+", capsys.readouterr().out)) >= 32
+    programs = {("foresee", "--random"): 5, ("lead", "--modes"): 12, ("reach",): 18,
+                ("precision",): 27, ("cover", "--goals"): 18, ("lead", "--watch"): 10}
     for (name, *options), amount in programs.items():
         text = run_program(monkeypatch, capsys, name, tmp_path, *options)
         values = [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
         assert len(values) >= amount, (name, text)
         if name in ("foresee", "reach"):  # shares and cosines
             assert all(-1 <= x <= 1 for x in values), (name, text)
-    for flags in ([f"--logdir={tmp_path}", "--prefill=404"], RUN):
+    for flags in (RUN, [f"--logdir={tmp_path}", "--prefill=100"]):
         text = run_program(monkeypatch, capsys, "sight", *flags, "--steps=1", "--kl_weight=9")
         assert re.findall(r"(\d+) gradient steps:", text) == ["0", "1"] and "| 8 ahead " in text
     run_program(monkeypatch, capsys, "filmstrip", tmp_path)
