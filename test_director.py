@@ -1063,7 +1063,7 @@ def test_a_trained_agent_loads_and_acts_without_its_environment_also_after_a_mov
     assert director.main([*flags, f"--logdir={tmp_path}/old"]) == 0
     weights = torch.load(tmp_path / "old/checkpoint.pt", weights_only=True)["agent"]
     (tmp_path / "old").rename(tmp_path / "new")
-    agent, state = director.load(tmp_path / "new"), None
+    agent, state = director.load(tmp_path / "new", device="cpu"), None
     assert all(torch.equal(value, weights[key]) for key, value in agent.state_dict().items())
     images = np.zeros((3, 64, 64, 3), np.uint8)
     for _ in range(9):

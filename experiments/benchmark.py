@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import director
+from variants.graph import Graphed
 
 
 class Table(dict):
@@ -72,6 +73,11 @@ def time_program(table: Table, config: director.Config) -> float:
 def time_train_step(table: Table, agent: director.Director, arrays: dict) -> float:
     """A train step and its parts; returns its seconds."""
     seconds = table.measure("train step", 5, lambda: agent.train_step(arrays))
+    if agent.config.device == "cuda" and not agent.config.eager:
+        graphed = Graphed(agent)
+        for _ in range(4):  # the last one records
+            graphed(arrays)
+        seconds = table.measure("train step, as a CUDA graph", 20, lambda: graphed(arrays))
     batch, model = agent.tensors(arrays), agent.world_model
 
     def learn_model() -> dict[str, torch.Tensor]:
@@ -140,7 +146,7 @@ def benchmark(config: director.Config) -> dict[str, dict]:
     work = table.add("train step, arithmetic", "TFLOP", counter.get_total_flops() / 1e12)
     table.add("train step, of the matrix rate", "of 1", work / seconds / rate)
     if config.device == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
+        memory = torch.cuda.max_memory_reserved() / 2**30
     else:
         unit = 2**20 if sys.platform == "linux" else 2**30
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if RANKS == 1 else {}
-    dist.init_process_group(**alone)  # NCCL for tensors on a GPU, else gloo
+    dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available(), **alone)
     director.average, envs = average, director.vector_envs
     director.vector_envs = lambda config, amount: envs(config, amount // RANKS or 1)
     try:

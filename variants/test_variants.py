@@ -54,6 +54,7 @@ from variants import (
     same_episode,
     search,
 )
+from variants.graph import Graphed
 from variants.pin_pad import PinPad
 
 VARIANTS = [  # agent, flags
@@ -1484,8 +1485,8 @@ def test_hdreamer_goes_on_with_a_run_of_director_and_first_acts_as_it_did(
         task, tmp_path, monkeypatch):
     run = [*RUN, f"--task={task}", f"--logdir={tmp_path}"]
     assert director.main([*run, "--steps=150"]) == 0
-    flags = {"bottom_stoch": 3, "bottom_classes": 5, "precision": "float32"}
-    agents = [director.load(tmp_path, precision="float32"),
+    flags = {"bottom_stoch": 3, "bottom_classes": 5, "device": "cpu", "precision": "float32"}
+    agents = [director.load(tmp_path, device="cpu", precision="float32"),
               director.load(tmp_path, hdreamer.Agent, **flags)]
     assert agents[1].grad_steps == agents[0].grad_steps > 0
     with monkeypatch.context() as patch:
@@ -1573,6 +1574,36 @@ def test_gaussian_draws_reparameterised_numbers_and_pays_their_balanced_kl():
         close(grad, scale * model.kl_adapt.scale * full, atol=1e-5)
 
 
+# ---- CUDA graphs ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE], ids=name)
+def test_a_train_step_as_cuda_graphs_equals_the_eager_one(space):
+    """Over copies of the critics, new batches, and random numbers that are seeded in between."""
+    results, rng = [], np.random.default_rng(0)
+    size = 5 if space is DISCRETE else 3
+    batches = [random_batch(rng, 4, 12, space is DISCRETE, size) for _ in range(5)]
+    for batch in batches:  # convolutions differ a little from time to time
+        batch["state"] = batch.pop("image")[..., 0, 0, :].astype(np.float32) / 255
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        config = director.Config(**{**TINY, "size": "xs", "device": "cuda", "slow_every": 4})
+        agent = director.Director(spaces.Dict({"state": spaces.Box(0, 1, (3,))}), space, config)
+        step, metrics = Graphed(agent) if graphs else agent.train_step, []
+        for i in range(18):
+            if i in (7, 10):
+                torch.manual_seed(i)  # as where a checkpoint is saved
+            metrics.append(step(batches[i % 5]))
+        results.append(([{k: float(v) for k, v in x.items()} for x in metrics],
+                        {k: v.cpu() for k, v in agent.state_dict().items()}, agent.grad_steps))
+    (expected, weights, count), (found, others, other) = results
+    assert count == other == 18
+    for one, two in zip(expected, found, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-5)
+
+
 # ---- Several processes ----------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -1599,7 +1630,7 @@ director.OneHot.rsample = lambda dist: dist.mode + (dist.probs - dist.probs.deta
 director.BoundedNormal.rsample = lambda dist: dist.mean
 kinds = "DISCRETE", "CONTINUOUS"
 whole = [steps(kind, 1) for kind in kinds]
-torch.distributed.init_process_group()
+torch.distributed.init_process_group("gloo")
 director.average = parallel.average
 halves = [steps(kind, 2) for kind in kinds]
 torch.save((whole, halves), f"{{parallel.RANK}}.pt")
