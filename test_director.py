@@ -671,26 +671,51 @@ def test_manager_and_worker_have_discounts_of_their_own(monkeypatch):
                          for length, discount in ((8, 0.8), (2, 0.6))}
 
 
-def test_the_flat_agent_solves_a_corridor(tmp_path):
-    flags = ["--task=gym_Corridor-v0", "--agent=dreamer", "--device=cpu", "--precision=float32",
-             "--size=xs", "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
-             "--horizon=8", "--learning_rate=1e-3", "--prefill=1000", "--train_every=4",
-             "--batch_length=16", "--steps=2200", f"--logdir={tmp_path}"]
-    assert director.main(flags) == 0
-    scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
+SMALL = ["--device=cpu", "--precision=float32", "--size=xs", "--units=32", "--deter=32",
+         "--hidden=32", "--stoch=4", "--classes=4", "--horizon=8", "--batch_length=16",
+         "--prefill=1000", "--processes=no"]
+TRAININGS = {  # of these tests; they take a minute on one core
+    "test_the_flat_agent_solves_a_corridor": [
+        "--task=gym_variants:Corridor-v0", "--agent=dreamer", "--learning_rate=1e-3",
+        "--train_every=4", "--steps=2200", *SMALL],
+    "test_director_learns_to_stay_in_the_far_corner_of_a_grid": [
+        "--task=gym_variants:Grid-v0", "--skill_groups=4", "--skill_classes=4",
+        "--goal_duration=4", "--learning_rate=2e-3", "--train_every=8", "--steps=6600", *SMALL]}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings(request, tmp_path_factory):
+    """{test: (process, folder)}: they train while other tests run, which leave a core idle."""
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name in TRAININGS.keys() & {item.name for item in request.session.items}:
+            folder = tmp_path_factory.mktemp("training") / "run"
+            process = subprocess.Popen([*PROGRAM, *TRAININGS[name], f"--logdir={folder}"], cwd=HERE,
+                                       stdout=subprocess.DEVNULL,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            running[name] = process, folder
+        yield running
+
+
+@pytest.fixture
+def trained(trainings, request):
+    """The metrics of this test's training, once it has ended."""
+    process, folder = trainings[request.node.name]
+    assert process.wait() == 0
+    return read_metrics(folder)
+
+
+def test_the_flat_agent_solves_a_corridor(trained):
+    scores = [line["episode/score"] for line in trained if "episode/score" in line]
     assert np.mean(scores[:20]) < 8 and np.mean(scores[-8:]) > 20, scores
 
 
-def test_director_learns_to_stay_in_the_far_corner_of_a_grid(tmp_path):
+def test_director_learns_to_stay_in_the_far_corner_of_a_grid(trained):
     """The guard of the whole: it fails without the worker's reward, the manager or the model."""
-    flags = ["--task=gym_Grid-v0", "--device=cpu", "--precision=float32", "--size=xs",
-             "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
-             "--skill_groups=4", "--skill_classes=4", "--horizon=8", "--goal_duration=4",
-             "--learning_rate=2e-3", "--prefill=1000", "--train_every=8",
-             "--batch_length=16", "--steps=6600", f"--logdir={tmp_path}"]
-    assert director.main(flags) == 0
-    scores = [line["episode/score"] for line in read_metrics(tmp_path) if "episode/score" in line]
-    last = [line for line in read_metrics(tmp_path) if "train/model_loss" in line][-1]
+    scores = [line["episode/score"] for line in trained if "episode/score" in line]
+    last = [line for line in trained if "train/model_loss" in line][-1]
     assert np.mean(scores[-24:]) > 12, scores
     # Without the worker's reward below 0.45, and no more than with other goals.
     assert last["train/goal_reward_last"] > max(0.5, last["train/goal_reward_other"])
