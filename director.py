@@ -509,9 +509,9 @@ class WorldModel(nn.Module):
         embed, first, steps = self.encoder(batch), batch["is_first"], []
         initial = self.rssm.initial()
         deter, stoch = (x.expand(len(first), -1) for x in initial)
-        for t in range(first.shape[1]):
-            deter, stoch, logit = self.rssm.obs_step(
-                deter, stoch, batch["action"][:, t], embed[:, t], first[:, t], initial)
+        rows = (x.unbind(1) for x in (batch["action"], embed, first))
+        for row in zip(*rows, strict=True):
+            deter, stoch, logit = self.rssm.obs_step(deter, stoch, *row, initial)
             steps.append((deter, stoch, logit))
         deter, stoch, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))
         prior = self.rssm.prior(deter, stoch)

@@ -9,6 +9,7 @@ sample was replaced by the mode, and the worker's boundary reward follows equati
 loads the weights, makes the same steps, and prints how far each metric is off.
 """
 
+import argparse
 import math
 import pathlib
 import sys
@@ -129,6 +130,7 @@ def compare(kind: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {kind: compare(kind) for kind in ("continuous", "discrete")}
     title = "largest relative difference of five steps"
     print(f"{title:42}" + "".join(f"{kind:>12}" for kind in results))
