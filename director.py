@@ -102,6 +102,7 @@ class Config:
     processes: str = option("auto", "for each; auto: dmc_, gym_<module>:<id>", "auto", "yes", "no")
     render_quality: str = option("full", "fast: no shadows, jagged", "full", "fast", fixed=True)
     prefill: int = option(10_000, "random environment steps before training starts")
+    random: int = option(0, "environment steps that are random, if more than --prefill", low=0)
     replay_size: int = option(1_000_000, "steps to keep; the oldest episodes go first")
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
     batch_size: int = option((16, 16, 8), "replay chunks in a batch")
@@ -117,6 +118,7 @@ class Config:
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
     kl_target: float = option((3.5, 3.5, 1.0), "nats a step that the model need not foresee", low=0)
+    kl_weight: float = option(1.0, "the most that the KL may weigh to get there", low=1e-5)
     discount: float = option(0.99, "of rewards, per step of the worker", low=0.01, high=1)
     manager_discount: float = option(0.99, "per choice of the manager", low=0.01, high=1)
     lam: float = option(0.95, "lambda of the returns", low=0, high=1)
@@ -502,7 +504,7 @@ class WorldModel(nn.Module):
         self.decoder = Decoder(feat, obs_space, config)
         self.reward_head = MLP(feat, (), config)  # in symlog space
         self.cont_head = MLP(feat, (), config)  # logit of not being terminal
-        self.kl_adapt = AutoAdapt((), config.kl_target, low=1e-5, high=1.0)
+        self.kl_adapt = AutoAdapt((), config.kl_target, low=1e-5, high=config.kl_weight)
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Filter chunks [B, T, ...]: embed, deter, stoch, and logits of posterior and prior."""
@@ -861,19 +863,17 @@ class Director(nn.Module):
                     state["ent"] = entropy_share(dist)
                 steps.append(state)
             traj = {key: torch.stack([step[key] for step in steps]) for key in state}
-            cont = model.cont_head(self.reached(traj)).sigmoid()
+            feat = torch.cat([traj["deter"], traj["stoch"]], -1)
+            cont = model.cont_head(feat[1:]).sigmoid()
             traj["cont"] = torch.cat([1 - starts["is_terminal"].float()[None], cont])
             for name in sorted({name for x in self.players.values() for name in x.rewards}):
                 traj[f"reward_{name}"] = getattr(self, f"reward_{name}")(traj)
         return traj
 
-    def reached(self, traj: dict[str, Tensor]) -> Tensor:
-        """What the world model's heads see of the states that were reached, 1..H: [H, N, F]."""
-        return torch.cat([traj["deter"], traj["stoch"]], -1)[1:]
-
     def reward_extr(self, traj: dict[str, Tensor]) -> Tensor:
         """The task reward that the world model predicts for states 1..H: [H, N]."""
-        return symexp(self.world_model.reward_head(self.reached(traj)))
+        feat = torch.cat([traj["deter"], traj["stoch"]], -1)
+        return symexp(self.world_model.reward_head(feat[1:]))
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
         """How new states 1..H are: [H, N] (paper, eq. 6)."""
@@ -1338,8 +1338,8 @@ class Run:
             changed = [f" --{key} is {new[key]}, was {old[key]}." for key in new
                        if old.get(key, new[key]) != new[key]]
             self.say(f"Resumed at step {self.step}.{''.join(changed)}")
-        if self.step < config.prefill:
-            self.say(f"Until step {config.prefill} actions are random, then training starts.")
+        if self.step < (until := max(config.prefill, config.random)):
+            self.say(f"Training starts at step {config.prefill}; until {until} actions are random.")
 
     def claim(self):
         """Make the folder this process's, for as long as it lives; UserError if it cannot be."""
@@ -1541,7 +1541,7 @@ def train(config: Config, agent: type = Director) -> int:
                     run.save()
 
                 # Act.
-                if run.step < config.prefill:
+                if run.step < max(config.prefill, config.random):
                     action = driver.random()
                 else:
                     action, state = run.agent.policy(driver.rows, state)

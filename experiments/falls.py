@@ -3,9 +3,8 @@
     python experiments/falls.py AGENT [--seed 0 ...]      train; other flags are director.py's
     python experiments/falls.py parts RUN PART ...        what mends it: learn on, these parts alone
 
-AGENT is "director", as it is, "fresh", whose batches are drawn from running episodes, too,
-"rounded", whose networks' outputs are rounded to bfloat16's 8 bits, or "wanderer", which learns,
-but acts at random, until it has made 3,750 gradient steps (step 40,000 of size xs).
+AGENT is "director", as it is, "fresh", whose batches are drawn from running episodes, too, or
+"rounded", whose networks' outputs are rounded to bfloat16's 8 bits.
 Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
 A RUN is the folder of any run of Director. A PART is model, goals, worker, manager, critics (the
 manager's, with its actor as it is) or nearer (discount its choices by 0.92). These make 1000
@@ -56,21 +55,8 @@ class Rounded(director.Director):
                     lambda module, seen, out: out + (out.bfloat16().float() - out).detach())
 
 
-class Wanderer(director.Director):
-    """Acts at random until its world model has learned to see."""
-
-    loads = ("director",)
-
-    def policy(self, obs, state=None, mode="train"):
-        action, state = super().policy(obs, state, mode)
-        if mode == "train" and self.grad_steps < 3750:
-            action = torch.eye(action.shape[1])[torch.randint(action.shape[1], action.shape[:1])]
-            state["action"] = action.to(state["action"])
-        return state["action"], state
-
-
 PARTS = "model", "goals", "worker", "manager", "critics", "nearer"
-AGENTS = {"director": director.Director, "fresh": Fresh, "rounded": Rounded, "wanderer": Wanderer}
+AGENTS = {"director": director.Director, "fresh": Fresh, "rounded": Rounded}
 
 
 def parts(run: str, names: list[str], steps: int = 1000) -> list[tuple]:

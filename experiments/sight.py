@@ -3,11 +3,11 @@
     python experiments/sight.py --steps 2000                 from scratch
     python experiments/sight.py --steps 400 --logdir RUN     on from a run, whose folder stays
 
-Other flags are director.py's, but --steps counts gradient steps here, and --kl_weight is the most
-that the KL may weigh. It learns from --prefill steps of random actions. A line for 200 gradient
-steps: losses, and squared errors of images, summed over pixels and channels, in as many other
-random steps: of what is seen, and 1 and 8 steps ahead, imagined with the actions taken. An image
-without the player is off by about 40, one with the player elsewhere by twice as much.
+Other flags are director.py's, but --steps counts gradient steps here. It learns from --prefill
+steps of random actions. A line for 200 gradient steps: losses, and squared errors of images, summed
+over pixels and channels, in as many other random steps: of what is seen, and 1 and 8 steps ahead,
+imagined with the actions taken. An image without the player is off by about 40, one with the player
+elsewhere by twice as much.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ import director
 class Config(director.Config):
     task: str = director.option("pinpad_three", "what to look at", group="run", fixed=True)
     steps: int = director.option(2000, "gradient steps")
-    kl_weight: float = director.option(1.0, "the most that the KL may weigh", low=0)
 
 
 class Agent(director.Director):
@@ -70,7 +69,6 @@ def main(argv: list[str] | None = None) -> dict[int, float]:
     config, model, lines = agent.config, agent.world_model, []
     if "image" not in model.encoder.keys:
         raise director.UserError(f"--task {config.task}: has no images")
-    model.kl_adapt.high = config.kl_weight
     replay, other = (random_steps(config, config.prefill, seed) for seed in (5, 99))
     test = [other.sample(8, 32) for _ in range(12)]
     for step in range(config.steps + 1):
