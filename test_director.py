@@ -590,7 +590,7 @@ def test_world_model_overfits_a_batch_and_its_heads_see_reward_and_end():
     agent = make_agent(DISCRETE, deter=64, hidden=64, units=64, stoch=8, classes=8, cnn_depth=8,
                        learning_rate=4e-3)
     model, optimizer, first = agent.world_model, agent.optimizers["world_model"], None
-    batch = agent.tensors(pinpad_batch())
+    batch = agent.tensors(pinpad_batch(2))
     for _ in range(170):
         loss, states, metrics = model.loss(batch)
         first = first or metrics["image_loss"].item()
@@ -671,56 +671,6 @@ def test_manager_and_worker_have_discounts_of_their_own(monkeypatch):
         agent.players[name].learn(view, copy_slow=False)
     assert set(seen) == {(x, length, discount) for x in ("return", "weight")
                          for length, discount in ((8, 0.8), (2, 0.6))}
-
-
-SMALL = ["--device=cpu", "--precision=float32", "--size=xs", "--units=32", "--deter=32",
-         "--hidden=32", "--stoch=4", "--classes=4", "--horizon=8", "--batch_length=16",
-         "--prefill=1000", "--processes=no"]
-TRAININGS = {  # of these tests; they take a minute on one core
-    "test_the_flat_agent_solves_a_corridor": [
-        "--task=gym_variants:Corridor-v0", "--agent=dreamer", "--learning_rate=1e-3",
-        "--train_every=4", "--steps=2200", *SMALL],
-    "test_director_learns_to_stay_in_the_far_corner_of_a_grid": [
-        "--task=gym_variants:Grid-v0", "--skill_groups=4", "--skill_classes=4",
-        "--goal_duration=4", "--learning_rate=2e-3", "--train_every=8", "--steps=6600", *SMALL]}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def trainings(request, tmp_path_factory):
-    """{test: (process, folder)}: they train while other tests run, which leave a core idle."""
-    with contextlib.ExitStack() as stack:
-        running = {}
-        for name in TRAININGS.keys() & {item.name for item in request.session.items}:
-            folder = tmp_path_factory.mktemp("training") / "run"
-            process = subprocess.Popen([*PROGRAM, *TRAININGS[name], f"--logdir={folder}"], cwd=HERE,
-                                       stdout=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            running[name] = process, folder
-        yield running
-
-
-@pytest.fixture
-def trained(trainings, request):
-    """The metrics of this test's training, once it has ended."""
-    process, folder = trainings[request.node.name]
-    assert process.wait() == 0
-    return read_metrics(folder)
-
-
-def test_the_flat_agent_solves_a_corridor(trained):
-    scores = [line["episode/score"] for line in trained if "episode/score" in line]
-    assert np.mean(scores[:20]) < 8 and np.mean(scores[-8:]) > 20, scores
-
-
-def test_director_learns_to_stay_in_the_far_corner_of_a_grid(trained):
-    """The guard of the whole: it fails without the worker's reward, the manager or the model."""
-    scores = [line["episode/score"] for line in trained if "episode/score" in line]
-    last = [line for line in trained if "train/model_loss" in line][-1]
-    assert np.mean(scores[-24:]) > 12, scores
-    # Without the worker's reward below 0.45, and no more than with other goals.
-    assert last["train/goal_reward_last"] > max(0.5, last["train/goal_reward_other"])
-    assert last["train/manager_ent"] < 0.8  # a manager that does not learn stays near 1
 
 
 # ---- Environments ---------------------------------------------------------------------------
@@ -1737,3 +1687,55 @@ def test_the_benchmark_times_every_part_and_prints_json(capsys):
     assert {"whole loop", "acting", "train step", "  of it goals", "peak memory"} < set(result)
     for row in result.values():
         assert row["min"] <= row["median"] <= row["max"] and math.isfinite(row["median"])
+
+
+# ---- Learning: last, since these train while the others run -----------------------------------
+
+SMALL = ["--device=cpu", "--precision=float32", "--size=xs", "--units=32", "--deter=32",
+         "--hidden=32", "--stoch=4", "--classes=4", "--horizon=8", "--batch_length=16",
+         "--prefill=1000", "--processes=no"]
+TRAININGS = {  # of these tests; they take a minute on one core
+    "test_the_flat_agent_solves_a_corridor": [
+        "--task=gym_variants:Corridor-v0", "--agent=dreamer", "--learning_rate=1e-3",
+        "--train_every=4", "--steps=2200", *SMALL],
+    "test_director_learns_to_stay_in_the_far_corner_of_a_grid": [
+        "--task=gym_variants:Grid-v0", "--skill_groups=4", "--skill_classes=4",
+        "--goal_duration=4", "--learning_rate=2e-3", "--train_every=8", "--steps=6600", *SMALL]}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings(request, tmp_path_factory):
+    """{test: (process, folder)}: they train while other tests run, which leave a core idle."""
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name in TRAININGS.keys() & {item.name for item in request.session.items}:
+            folder = tmp_path_factory.mktemp("training") / "run"
+            process = subprocess.Popen([*PROGRAM, *TRAININGS[name], f"--logdir={folder}"], cwd=HERE,
+                                       stdout=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            running[name] = process, folder
+        yield running
+
+
+@pytest.fixture
+def trained(trainings, request):
+    """The metrics of this test's training, once it has ended."""
+    process, folder = trainings[request.node.name]
+    assert process.wait() == 0
+    return read_metrics(folder)
+
+
+def test_the_flat_agent_solves_a_corridor(trained):
+    scores = [line["episode/score"] for line in trained if "episode/score" in line]
+    assert np.mean(scores[:20]) < 8 and np.mean(scores[-8:]) > 20, scores
+
+
+def test_director_learns_to_stay_in_the_far_corner_of_a_grid(trained):
+    """The guard of the whole: it fails without the worker's reward, the manager or the model."""
+    scores = [line["episode/score"] for line in trained if "episode/score" in line]
+    last = [line for line in trained if "train/model_loss" in line][-1]
+    assert np.mean(scores[-24:]) > 12, scores
+    # Without the worker's reward below 0.45, and no more than with other goals.
+    assert last["train/goal_reward_last"] > max(0.5, last["train/goal_reward_other"])
+    assert last["train/manager_ent"] < 0.8  # a manager that does not learn stays near 1
