@@ -1041,9 +1041,8 @@ class DMControl(gymnasium.Env):
         tasks["dmc_cup_catch"] = "ball_in_cup", "catch"
         if f"dmc_{name}" not in tasks:
             raise UserError(f"--task dmc_{name}: is none of {', '.join(sorted(tasks))}")
-        domain, task = tasks[f"dmc_{name}"]
-        self.env, self.pixels = suite.load(domain, task), pixels
-        self.camera = 2 if domain == "quadruped" else 0
+        self.env, self.pixels = suite.load(*tasks[f"dmc_{name}"]), pixels
+        self.camera = 2 if name.startswith("quadruped") else 0
         if quality == "fast":
             self.env.physics.model.vis.quality.offsamples = 0
             self.env.physics.model.vis.quality.shadowsize = 0
@@ -1111,13 +1110,14 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
     if suite == "dmc":
         env = DMControl(name, wanted != "state", config.render_quality)
     else:
-        name = f"variants.pin_pad:PinPad{name.capitalize()}-v0" if suite == "pinpad" else (
-            task.removeprefix("gym_"))
+        module, _, name = (f"variants.pin_pad:PinPad{name.capitalize()}-v0" if suite == "pinpad"
+                           else task.removeprefix("gym_")).rpartition(":")
         try:
+            __import__(module or "gymnasium")  # it registers its environments
             env = gymnasium.make(name, disable_env_checker=True)
         except (gymnasium.error.Error, ImportError) as error:  # or its simulator is not installed
-            raise UserError(f"--task {task}: {' '.join(str(error).split())} Use dmc_<domain>_<task>"
-                            ", pinpad_<three..eight> or gym_[<module>:]<id>") from error
+            raise UserError(f"--task {task}: {' '.join(str(error).split())} (Tasks: dmc_<domain>_"
+                            "<task>, pinpad_<three..eight>, gym_[<module>:]<id>.)") from error
     env = image_and_state(env, task, wanted)
     space = env.action_space
     if isinstance(space, spaces.Discrete) and space.n > 1:

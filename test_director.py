@@ -1110,6 +1110,8 @@ def test_an_evaluation_shows_the_traceback_of_an_environment_that_fails(tmp_path
     (["--task=pinpad_there"], ["PinPadThree"]),
     (["--task=gym_CartPole-v7"], ["CartPole", "v1"]),
     (["--task=gym_no_such_module:Id-v0"], ["no_such_module"]),
+    (["--task=gym_a:b:Id-v0"], ["No module named 'a:b'"]),
+    (["--task=gym_:Id-v0"], ["Environment `Id` doesn't exist"]),
     (["--task=walker"], ["dmc_<domain>_<task>"]),
     (["--task=pinpad_three", "--obs=state"], ["shows image only"]),
     (["--task=gym_CartPole-v1", "--obs=pixels"], ["shows state only"]),
