@@ -114,6 +114,7 @@ class Config:
     units: int = option((512, 256, 128), "units in the hidden layers of the MLPs", fixed=True)
     layers: int = option((4, 2, 2), "hidden layers of the MLPs", fixed=True)
     cnn_depth: int = option((64, 32, 16), "channels of the first convolution", fixed=True)
+    standardize: str = option(("no", "no", "yes"), "observed vectors", "no", "yes", fixed=True)
     skill_groups: int = option(8, "groups of the manager's code", fixed=True)
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
@@ -191,10 +192,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class OneHot:
-    """Categorical distributions with logits [..., C], of which a share `unimix` is uniform.
-
-    Samples are one-hot, with straight-through gradients. `log_prob` and `entropy` are [...].
-    """
+    """Categorical distributions [...] of logits [..., C], of which a share `unimix` is uniform."""
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
         if unimix:
@@ -208,7 +206,7 @@ class OneHot:
         # CPU, and this takes one where the Gumbel trick takes C: xs 0.86 -> 0.74 s a step.
         below = self.probs.detach().cumsum(-1)
         index = (below[..., :-1] <= torch.rand_like(below[..., :1])).sum(-1, keepdim=True)
-        return self.one_hot(index) + (self.probs - self.probs.detach())
+        return self.one_hot(index) + (self.probs - self.probs.detach())  # straight-through
 
     @property
     def mode(self) -> Tensor:
@@ -281,23 +279,23 @@ class AutoAdapt(nn.Module):
 class Normalizer(nn.Module):
     """Divides by a running standard deviation ("std"), or standardises ("mean_std").
 
-    Exponential means of x and x^2, bias-corrected, in float64, no gradient; deviation >= 1 / limit.
+    Exponential means of x and x^2 over all but `shape`, bias-corrected; deviation >= 1 / limit.
     """
 
-    def __init__(self, impl: str, decay: float, limit: float):
+    def __init__(self, impl: str, decay: float, limit: float, shape: tuple = ()):
         super().__init__()
         self.impl, self.decay, self.limit = impl, decay, limit
-        self.register_buffer("moments", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("moments", torch.zeros(2, *shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor, update: bool = True) -> Tensor:
-        """Normalise x of any shape, after taking it into the statistics with `update`."""
+        """Normalise x [..., *shape], after taking it into the statistics with `update`."""
         if update:
-            y = x.detach().double()
-            moments, = average([torch.stack([y.mean(), (y**2).mean()])])
+            y = x.detach().double().reshape(-1, *self.moments.shape[1:])
+            moments, = average([torch.stack([y.mean(0), (y**2).mean(0)])])
             self.moments.lerp_(moments, 1 - self.decay)
             self.count += 1
-        mean, square = self.moments / (1 - self.decay**self.count)
+        mean, square = self.moments / (1 - self.decay**self.count).clamp(min=1e-9)
         scale = (square - mean**2).clamp(min=self.limit**-2).rsqrt().float()
         return (x - mean.float()) * scale if self.impl == "mean_std" else x * scale
 
@@ -360,7 +358,7 @@ class Encoder(nn.Module):
 
     def __init__(self, space: spaces.Dict, config: Config):
         super().__init__()
-        self.keys, self.size = list(space), 0
+        self.keys, self.size, self.norm = list(space), 0, None
         if "image" in self.keys:
             channels = [3] + [config.cnn_depth * 2**i for i in range(4)]
             layers = convolutions(nn.Conv2d, channels, [4] * 4)
@@ -369,16 +367,24 @@ class Encoder(nn.Module):
         if "state" in self.keys:
             self.state = hidden_layers(space["state"].shape[0], config)
             self.size += config.units
+            if config.standardize == "yes":
+                self.norm = Normalizer("mean_std", 0.999, 1e2, space["state"].shape)
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
         outs = []
         if "image" in self.keys:
-            image = obs["image"]  # [..., 64, 64, 3], so the permuted one is channels-last
-            x = self.image(image.flatten(0, -4).permute(0, 3, 1, 2).float() / 255)
+            image = self.scaled("image", obs["image"])  # [..., 64, 64, 3]: permuted, channels-last
+            x = self.image(image.flatten(0, -4).permute(0, 3, 1, 2))
             outs.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], -1))
         if "state" in self.keys:
-            outs.append(self.state(obs["state"]))
+            outs.append(self.state(self.scaled("state", obs["state"])))
         return torch.cat(outs, -1)
+
+    def scaled(self, key: str, value: Tensor, update: bool = False) -> Tensor:
+        """A part of the observation as it is seen, and to be predicted: an image is in 0..1."""
+        if key == "image":
+            return value.float() / 255
+        return self.norm(value, update).clamp(-10, 10) if self.norm else value
 
 
 class Decoder(nn.Module):
@@ -533,7 +539,7 @@ class WorldModel(nn.Module):
         feat = torch.cat([states["deter"], states["stoch"]], -1)
         losses = {}
         for key, mean in self.decoder(feat).items():
-            target = batch[key].float() / 255 if key == "image" else batch[key]
+            target = self.encoder.scaled(key, batch[key], update=True)
             losses[key] = ((mean - target) ** 2).flatten(2).sum(-1)
         losses["reward"] = (self.reward_head(feat) - symlog(batch["reward"])) ** 2
         losses["cont"] = F.binary_cross_entropy_with_logits(
@@ -545,10 +551,7 @@ class WorldModel(nn.Module):
 
 
 class GoalAutoencoder(nn.Module):
-    """Compresses states into codes that a manager can choose from (paper, Section 2.2, eq. 3).
-
-    A code is G one-hot vectors of L, one after the other: [..., GL].
-    """
+    """Compresses states into codes, G one-hot vectors of L, [..., GL] (paper, 2.2, eq. 3)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -727,9 +730,8 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 class Director(nn.Module):
     """World model, goal autoencoder, manager and worker.
 
-    With `--agent dreamer` there are no goals and no manager; the worker is an actor-critic on
-    the task reward over the same imagination, the paper's flat baseline. A variant is a subclass
-    with other methods or classes, see `variants/`; `loads` names those whose checkpoints it reads.
+    With `--agent dreamer`, the paper's flat baseline, a worker alone learns from the task reward.
+    A variant (`variants/`) is a subclass; `loads` names those whose checkpoints it reads, too.
     """
 
     Config, WorldModel, Goals, loads = Config, WorldModel, GoalAutoencoder, ()  # Replay, Run: below
@@ -842,9 +844,8 @@ class Director(nn.Module):
         """Play on in the world model from N states for H steps: a trajectory (see the top).
 
         starts: deter, stoch, is_terminal, [N, ...], and what shall not be chosen (a goal, say).
-        Who learns by REINFORCE needs no graph. A worker that learns by back-propagation needs one
-        where what states are worth (rewards, continuation, values, the baseline's, too) leads back
-        to earlier actions through the dynamics alone: goals and what players see are detached.
+        Only back-propagating workers need a graph. In it, what states are worth (rewards, cont,
+        values) leads back to earlier actions through the dynamics alone: the rest is detached.
         """
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
         steps, model = [], self.world_model
@@ -1125,8 +1126,7 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
     if (isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
             and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    raise UserError(f"--task {task}: acts in {space}, which is neither Discrete nor a bounded "
-                    "vector (Box) of floats")
+    raise UserError(f"--task {task}: acts in {space}, neither Discrete nor a bounded Box of floats")
 
 
 SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]

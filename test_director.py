@@ -251,6 +251,11 @@ def test_normalizer_matches_brute_force_running_moments():
             close(norm(tensor(x), update=False), expected)
     close(director.Normalizer("std", 0.999, 1e2)(torch.ones(5)), np.full(5, 100.0))
 
+    norm = director.Normalizer("mean_std", 0.99, 1e2, (3,))  # each of 3 elements by itself
+    x = gen.normal([1.0, -200.0, 0.5], [1.0, 50.0, 0.0], size=(2, 40, 3))
+    expected = (x - x.mean((0, 1))) / np.maximum(x.std((0, 1)), 1e-2)
+    close(norm(tensor(x)), expected, atol=1e-5)
+
 
 def test_one_hot_matches_torch_and_samples_with_straight_through_gradients():
     torch.manual_seed(0)
@@ -601,6 +606,28 @@ def test_world_model_overfits_a_batch_and_its_heads_see_reward_and_end():
     assert ((reward > 0.5) == (batch["reward"] > 0.5)).float().mean() > 0.95
     ends = model.cont_head(feat) < 0
     assert torch.equal(ends, batch["is_terminal"])
+
+
+def test_states_in_other_units_lead_to_the_same_losses_unless_they_are_taken_as_they_are():
+    space, results = spaces.Dict({"state": spaces.Box(-np.inf, np.inf, (3,))}), {}
+    batch = random_batch(np.random.default_rng(0), 4, 9, True, 2)
+    values = np.random.default_rng(1).normal(size=(4, 9, 3)).astype(np.float32)
+    for size in ("xs", "paper"):
+        for name, scale, shift in (("as it is", 1, 0), ("in other units", [30, 0.5, 7], 4)):
+            state = np.float32(values * scale + shift)
+            torch.manual_seed(0)
+            agent = director.Director(space, spaces.Discrete(2), Config(size=size, **TINY))
+            untrained, _ = agent.policy({"state": state[:, 0]})
+            assert untrained.isfinite().all()
+            for _ in range(2):  # the first loss is what the moments learn from
+                torch.manual_seed(1)
+                _, _, metrics = agent.world_model.loss(agent.tensors({**batch, "state": state}))
+            results[size, name] = [metrics[f"{key}_loss"].item() for key in ("state", "kl")]
+    close(results["xs", "in other units"], results["xs", "as it is"], rtol=1e-3)
+    assert results["paper", "in other units"][0] > 100 * results["paper", "as it is"][0]
+    target = agent.world_model.encoder.scaled
+    close(target("state", tensor([[300.0, 0, -7]])), [[300.0, 0, -7]])
+    close(target("image", torch.full((1, 64, 64, 3), 51, dtype=torch.uint8)).unique(), [0.2])
 
 
 def test_goal_autoencoder_reconstructs_its_states_within_its_budget_of_information():
