@@ -1679,6 +1679,10 @@ def test_parts_of_an_agent_learn_on_alone_from_the_replay_as_it_is(tmp_path, cap
     assert "4 gradient steps of model, worker: return" in capsys.readouterr().out
     seen = run_program(monkeypatch, capsys, "foresee", tmp_path)
     assert "rewards seen where there was none: " in seen and "place" not in seen
+    text = run_program(monkeypatch, capsys, "vectors", tmp_path)
+    rows = [line.split() for line in text.splitlines()[1:]]
+    assert [row[0] for row in rows] == [*map(str, range(26 + 9 + 1)), "reward"]
+    assert all(len(row) == 5 and float(row[2]) <= 1 for row in rows)
 
 
 def test_programs_say_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monkeypatch):
