@@ -381,7 +381,7 @@ class Encoder(nn.Module):
         return torch.cat(outs, -1)
 
     def scaled(self, key: str, value: Tensor, update: bool = False) -> Tensor:
-        """A part of the observation as it is seen, and to be predicted: an image is in 0..1."""
+        """As it is seen, and to be predicted: an image in 0..1, a vector by `norm`, if any."""
         if key == "image":
             return value.float() / 255
         return self.norm(value, update).clamp(-10, 10) if self.norm else value
