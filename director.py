@@ -295,7 +295,7 @@ class Normalizer(nn.Module):
             moments, = average([torch.stack([y.mean(0), (y**2).mean(0)])])
             self.moments.lerp_(moments, 1 - self.decay)
             self.count += 1
-        mean, square = self.moments / (1 - self.decay**self.count).clamp(min=1e-9)
+        mean, square = self.moments / (1 - self.decay**self.count).clamp(min=1e-9)  # 0 of 0
         scale = (square - mean**2).clamp(min=self.limit**-2).rsqrt().float()
         return (x - mean.float()) * scale if self.impl == "mean_std" else x * scale
 

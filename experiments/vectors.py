@@ -27,6 +27,8 @@ def main(run: str):
         raise director.UserError(f"the agent in {run} observes no vector")
     batch = agent.tensors(replay.sample(64, 64))
     states, shares = model.observe(batch), {}
+    truth = {"state": model.encoder.scaled("state", batch["state"]),
+             "reward": batch["reward"][..., None]}
     for ahead in (0, 1, 8):
         deter, stoch = (states[key][:, start].flatten(0, 1) for key in ("deter", "stoch"))
         later = [t + ahead for t in start]
@@ -34,8 +36,6 @@ def main(run: str):
             action = batch["action"][:, [t + step + 1 for t in start]].flatten(0, 1)
             deter, stoch = model.rssm.img_step(deter, stoch, action)
         feat = torch.cat([deter, stoch], -1)
-        truth = {"state": model.encoder.scaled("state", batch["state"]),
-                 "reward": batch["reward"][..., None]}
         guess = {"state": model.decoder(feat)["state"],
                  "reward": director.symexp(model.reward_head(feat))[..., None]}
         for key, value in truth.items():
