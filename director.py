@@ -38,7 +38,6 @@ import copy
 import ctypes
 import dataclasses
 import functools
-import importlib.util
 import io
 import itertools
 import json
@@ -97,12 +96,11 @@ class Config:
     log_every: int = option(1000, "environment steps between two log lines")
     save_every: int = option(10_000, "environment steps between two checkpoints")
     video_every: int = option(20_000, "environment steps between two sets of pictures")
-    track: bool = option(False, "log to Weights & Biases, too")
     envs: int = option(4, "environments that are played side by side", group="data")
     processes: str = option("auto", "for each; auto: dmc_, gym_<module>:<id>", "auto", "yes", "no")
     render_quality: str = option("full", "fast: no shadows, jagged", "full", "fast", fixed=True)
     prefill: int = option(10_000, "random environment steps before training starts")
-    random: int = option(0, "environment steps that are random, if more than --prefill", low=0)
+    random: int = option((0, 0, 50_000), "with images: so many at most, until it sees", low=0)
     replay_size: int = option(1_000_000, "steps to keep; the oldest episodes go first")
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
     batch_size: int = option((16, 16, 8), "replay chunks in a batch")
@@ -119,7 +117,7 @@ class Config:
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
     kl_target: float = option((3.5, 3.5, 1.0), "nats a step that the model need not foresee", low=0)
-    kl_weight: float = option(1.0, "the most that the KL may weigh to get there", low=1e-5)
+    kl_weight: float = option((1.0, 1.0, 10.0), "of the KL, once the model sees images", low=0)
     discount: float = option(0.99, "of rewards, per step of the worker", low=0.01, high=1)
     manager_discount: float = option(0.99, "per choice of the manager", low=0.01, high=1)
     lam: float = option(0.95, "lambda of the returns", low=0, high=1)
@@ -148,8 +146,6 @@ class Config:
                 setattr(self, field.name, value)
             if field.type in (int, float) and not low <= value <= high:
                 raise UserError(f"--{field.name} {value}: must be from {low} to {high:g}")
-        if self.track and not importlib.util.find_spec("wandb"):
-            raise UserError("--track: Weights & Biases is not installed; pip install wandb")
         if self.horizon % self.goal_duration:
             raise UserError(f"--horizon {self.horizon}: not a multiple of --goal_duration")
 
@@ -510,7 +506,7 @@ class WorldModel(nn.Module):
         self.decoder = Decoder(feat, obs_space, config)
         self.reward_head = MLP(feat, (), config)  # in symlog space
         self.cont_head = MLP(feat, (), config)  # logit of not being terminal
-        self.kl_adapt = AutoAdapt((), config.kl_target, low=1e-5, high=config.kl_weight)
+        self.kl_adapt, self.kl_weight = AutoAdapt((), config.kl_target, 1e-5, 1), config.kl_weight
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Filter chunks [B, T, ...]: embed, deter, stoch, and logits of posterior and prior."""
@@ -537,14 +533,17 @@ class WorldModel(nn.Module):
         """Paper, eq. 2, on chunks [B, T, ...]: loss, states [B, T, ...], metrics."""
         states = self.observe(batch)
         feat = torch.cat([states["deter"], states["stoch"]], -1)
-        losses = {}
+        losses, sees = {}, torch.zeros((), device=feat.device)
         for key, mean in self.decoder(feat).items():
             target = self.encoder.scaled(key, batch[key], update=True)
             losses[key] = ((mean - target) ** 2).flatten(2).sum(-1)
+            if key == "image":  # to see is to explain 95% of the variance
+                sees = (losses[key].mean() < 0.05 * target.var((0, 1), False).sum()).float()
         losses["reward"] = (self.reward_head(feat) - symlog(batch["reward"])) ** 2
         losses["cont"] = F.binary_cross_entropy_with_logits(
             self.cont_head(feat), 1 - batch["is_terminal"].float(), reduction="none")
-        losses["kl"], metrics = self.kl_loss(states)
+        kl, metrics = self.kl_loss(states)
+        losses["kl"], metrics["sees"] = kl * self.kl_weight**sees, sees
         losses["model"] = states["error"] = sum(losses.values())  # [B, T], like each of them
         metrics |= {f"{key}_loss": value.mean() for key, value in losses.items()}
         return metrics["model_loss"], states, metrics
@@ -1268,13 +1267,14 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
             if field.metadata["fixed"] and flags.get(field.name, old) != old:
                 raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not "
                                 f"{flags[field.name]}; use its flags, or another --logdir")
-        free = {"device": "auto", "precision": "auto", "track": False}
+        free = {"device": "auto", "precision": "auto"}
+        kept = {k: v for k, v in state["config"].items() if hasattr(agent.Config, k)}
         sizes, action = state["spaces"]
         made = agent(
             spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
                          for key, size in sizes.items()}),
             spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action),
-            agent.Config(**{**state["config"], **free, **flags, "logdir": str(logdir)}))
+            agent.Config(**{**kept, **free, **flags, "logdir": str(logdir)}))
         made.restore(state)
         made.origin = {key: state[key] for key in ("step", "seconds", "episodes", "config")}
         return made
@@ -1321,10 +1321,6 @@ class Run:
             write_file(metrics, io.BytesIO("".join(lines).encode()))
             settings = json.dumps(dataclasses.asdict(config), indent=2)
             write_file(self.logdir / "config.json", io.BytesIO(settings.encode()))
-            if config.track:
-                import wandb
-                wandb.init(project="director", name="-".join(self.logdir.parts[-2:]),
-                           dir=self.logdir, config=json.loads(settings), sync_tensorboard=True)
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
         self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=None)
         with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
@@ -1338,8 +1334,6 @@ class Run:
             changed = [f" --{key} is {new[key]}, was {old[key]}." for key in new
                        if old.get(key, new[key]) != new[key]]
             self.say(f"Resumed at step {self.step}.{''.join(changed)}")
-        if self.step < (until := max(config.prefill, config.random)):
-            self.say(f"Training starts at step {config.prefill}; until {until} actions are random.")
 
     def claim(self):
         """Make the folder this process's, for as long as it lives; UserError if it cannot be."""
@@ -1513,6 +1507,9 @@ def train(config: Config, agent: type = Director) -> int:
                 run.say(f"Step {config.steps} was reached; for more, raise --steps.")
                 return 0
             driver, state, learn = Driver(envs, run.seed()), None, run.agent.train_step
+            until = max(config.prefill, config.random * ("image" in driver.rows))
+            if run.step < until:
+                run.say(f"Random actions until {until} at most; training from {config.prefill} on.")
             if config.device == "cuda" and agent is Director and not config.eager:
                 from variants.graph import Graphed
                 learn = Graphed(run.agent)  # the same, five times as fast
@@ -1526,6 +1523,9 @@ def train(config: Config, agent: type = Director) -> int:
                 for _ in range(run.due(config.train_every) if run.step > config.prefill else 0):
                     batch = run.replay.sample(config.batch_size, config.batch_length)
                     run.metrics.append(learn(batch))
+                    if run.step < until and run.metrics[-1]["sees"]:
+                        run.say(f"The model sees; from step {run.step} on the agent acts.")
+                        until = run.step
                 run.whole = True
 
                 # Report.
@@ -1541,7 +1541,7 @@ def train(config: Config, agent: type = Director) -> int:
                     run.save()
 
                 # Act.
-                if run.step < max(config.prefill, config.random):
+                if run.step < until:
                     action = driver.random()
                 else:
                     action, state = run.agent.policy(driver.rows, state)

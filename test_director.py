@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gzip
 import hashlib
-import importlib.machinery
 import io
 import json
 import math
@@ -1015,14 +1014,14 @@ def read_metrics(logdir):
 
 
 RUN = ["--task=pinpad_three", *TINY_FLAGS, "--batch_size=2", "--batch_length=8", "--train_every=8",
-       "--prefill=100", "--log_every=50", "--envs=2"]
+       "--prefill=100", "--log_every=50", "--envs=2", "--random=0"]
 PROGRAM = [sys.executable, director.__file__]
 
 
 def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp_path, capsys):
     flags = [*RUN, f"--logdir={tmp_path}"]
     assert director.main([*flags, "--steps=200"]) == 0
-    assert "until 100 actions are random" in capsys.readouterr().out
+    assert "Random actions until 100 at most" in capsys.readouterr().out
     assert director.main([*flags, "--steps=300", "--learning_rate=1e-3"]) == 0
     assert ("Resumed at step 200. --steps is 300, was 200. --learning_rate is 0.001, was 0.0004.\n"
             in capsys.readouterr().out)
@@ -1061,18 +1060,44 @@ def test_equal_seeds_give_equal_metrics_and_others_do_not(tmp_path):
     assert results[0] == results[1] != results[2]
 
 
-def test_actions_can_be_random_while_it_learns_already(tmp_path, monkeypatch, capsys):
-    acted, policy = [], Director.policy
+@pytest.mark.parametrize("sees, begins", [(1e9, 160), (3, 96 + 3 * 8)])
+def test_actions_are_random_until_the_model_sees(sees, begins, tmp_path, monkeypatch, capsys):
+    acted, policy, learn = [], Director.policy, Director.train_step
     monkeypatch.setattr(Director, "policy", lambda self, *args: (
         acted.append(self.grad_steps), policy(self, *args))[1])
-    flags = [*RUN, "--random=160", "--steps=200", "--kl_weight=9", f"--logdir={tmp_path}"]
-    assert director.main(flags) == 0
-    assert "at step 100; until 160 actions are random" in capsys.readouterr().out
-    assert len(acted) == (200 - 160) / 2 + 1 and acted[0] == (160 - 96) / 8
-    adapt = director.load(tmp_path).world_model.kl_adapt
-    for _ in range(30):
-        adapt(torch.full((3,), 50.0, device=adapt.scale.device))
-    assert adapt.scale == 9
+    monkeypatch.setattr(Director, "train_step", lambda self, batch: learn(self, batch) | {
+        "sees": torch.tensor(float(self.grad_steps >= sees))})
+    assert director.main([*RUN, "--random=160", "--steps=200", f"--logdir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "Random actions until 160 at most; training from 100 on" in said
+    assert ("The model sees; from step 120 on" in said) == (sees == 3)
+    assert len(acted) == (200 - begins) / 2 + 1 and acted[0] == (begins - 96) / 8
+
+
+@pytest.mark.parametrize("explained, sees", [(0.94, 0), (0.96, 1), (1, 1)])
+def test_the_kl_weighs_more_once_the_model_sees(explained, sees):
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    losses = {}
+    for weight in (1, 10):
+        agent = make_agent(DISCRETE, kl_weight=weight)
+        model, batch = agent.world_model, agent.tensors(batch)
+        image = batch["image"].double() / 255
+        image = image + (1 - explained) ** 0.5 * (image.mean((0, 1)) - image)
+        model.decoder.forward = lambda feat, image=image: {"image": image.float()}
+        loss, _, metrics = model.loss(batch)
+        losses[weight] = metrics
+        assert metrics["sees"] == sees
+        close(metrics["kl_loss"], metrics["kl"] * metrics["kl_scale"] * weight**sees)
+        close(loss, sum(metrics[f"{key}_loss"] for key in ("image", "reward", "cont", "kl")))
+    assert losses[1]["kl"] == losses[10]["kl"] > 0
+
+
+def test_vectors_are_nothing_to_see(tmp_path, capsys):
+    flags = [*RUN, "--task=gym_Corridor-v0", "--random=160", "--kl_weight=10", "--steps=120"]
+    assert director.main([*flags, f"--logdir={tmp_path}"]) == 0
+    assert "Random actions until 100 at most" in capsys.readouterr().out
+    metrics = read_metrics(tmp_path)[-1]
+    assert metrics["train/sees"] == 0 and metrics["train/kl_loss"] <= metrics["train/kl"]
 
 
 def test_a_trained_agent_loads_and_acts_without_its_environment_also_after_a_move(tmp_path):
@@ -1159,8 +1184,7 @@ def test_an_evaluation_shows_the_traceback_of_an_environment_that_fails(tmp_path
     (["--skill_classes=1"], ["from 2"]),
     (["--discount=0"], ["from 0.01"]),
     (["--task=gym_Channels-v0"], ["neither an image nor a vector"]),
-    (["--task=gym_Integers-v0"], ["of floats"]),
-    (["--track"], ["pip install wandb"])])
+    (["--task=gym_Integers-v0"], ["of floats"])])
 def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
         flags, words, tmp_path, monkeypatch, capsys):
     class Strange(Corridor):
@@ -1176,8 +1200,6 @@ def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
         if f"{env.__name__}-v0" not in gymnasium.registry:
             gymnasium.register(f"{env.__name__}-v0", env)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(director.importlib.util, "find_spec", lambda name: None)
     assert director.main(flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
@@ -1205,6 +1227,7 @@ def test_help_tells_every_flag_with_its_default_and_the_presets_differ():
     assert [c.deter for c in sizes] == [1024, 256, 128] and sizes[0].learning_rate == 1e-4
     assert [c.slow_every for c in sizes] == [100, 100, 20]
     assert [c.kl_target for c in sizes] == [3.5, 3.5, 1.0]
+    assert [(c.random, c.kl_weight) for c in sizes] == [(0, 1), (0, 1), (50_000, 10)]
     assert Config(size="xs", deter=64).deter == 64
     if torch.cuda.is_available():
         assert Config(device="cuda").size == "paper"
@@ -1561,17 +1584,6 @@ def test_continuous_tasks_train_resume_and_play(flags, tmp_path):
         assert director.main([*flags, f"--steps={steps}"]) == 0
     assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 8
     assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 0
-
-
-def test_tracking_hands_the_run_to_weights_and_biases(tmp_path, monkeypatch):
-    calls = []
-    fake = type(sys)("wandb")
-    fake.init = lambda **kwargs: calls.append(kwargs)
-    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert director.main([*RUN, "--track", "--steps=20", f"--logdir={tmp_path}"]) == 0
-    call, = calls
-    assert call["sync_tensorboard"] and call["config"]["task"] == "pinpad_three"
 
 
 # ---- The programs in experiments/ ------------------------------------------------------------

@@ -55,7 +55,7 @@ class Run(director.Run):
             raise director.UserError(f"--batch_size, --envs: not multiples of {RANKS} processes")
         self.replay.capacity //= RANKS
         if RANK:
-            self.logdir, self.config.track = self.logdir / f"rank{RANK}", False
+            self.logdir = self.logdir / f"rank{RANK}"
             self.replays = self.logdir / "replay"
         super().claim()
 
