@@ -100,7 +100,7 @@ class Config:
     processes: str = option("auto", "for each; auto: dmc_, gym_<module>:<id>", "auto", "yes", "no")
     render_quality: str = option("full", "fast: no shadows, jagged", "full", "fast", fixed=True)
     prefill: int = option(10_000, "random environment steps before training starts")
-    random: int = option((0, 0, 50_000), "with images: so many at most, until it sees", low=0)
+    random: int = option((0, 0, 50_000), "discrete, until images are seen, so many at most", low=0)
     replay_size: int = option(1_000_000, "steps to keep; the oldest episodes go first")
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
     batch_size: int = option((16, 16, 8), "replay chunks in a batch")
@@ -1507,9 +1507,9 @@ def train(config: Config, agent: type = Director) -> int:
                 run.say(f"Step {config.steps} was reached; for more, raise --steps.")
                 return 0
             driver, state, learn = Driver(envs, run.seed()), None, run.agent.train_step
-            until = max(config.prefill, config.random * ("image" in driver.rows))
-            if run.step < until:
-                run.say(f"Random actions until {until} at most; training from {config.prefill} on.")
+            end = max(config.prefill, config.random * (driver.discrete and "image" in driver.rows))
+            if run.step < end:
+                run.say(f"Random actions until {end} at most; training from {config.prefill} on.")
             if config.device == "cuda" and agent is Director and not config.eager:
                 from variants.graph import Graphed
                 learn = Graphed(run.agent)  # the same, five times as fast
@@ -1523,9 +1523,9 @@ def train(config: Config, agent: type = Director) -> int:
                 for _ in range(run.due(config.train_every) if run.step > config.prefill else 0):
                     batch = run.replay.sample(config.batch_size, config.batch_length)
                     run.metrics.append(learn(batch))
-                    if run.step < until and run.metrics[-1]["sees"]:
+                    if run.step < end and run.metrics[-1]["sees"]:
                         run.say(f"The model sees; from step {run.step} on the agent acts.")
-                        until = run.step
+                        end = run.step
                 run.whole = True
 
                 # Report.
@@ -1541,7 +1541,7 @@ def train(config: Config, agent: type = Director) -> int:
                     run.save()
 
                 # Act.
-                if run.step < until:
+                if run.step < end:
                     action = driver.random()
                 else:
                     action, state = run.agent.policy(driver.rows, state)

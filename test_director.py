@@ -1092,8 +1092,9 @@ def test_the_kl_weighs_more_once_the_model_sees(explained, sees):
     assert losses[1]["kl"] == losses[10]["kl"] > 0
 
 
-def test_vectors_are_nothing_to_see(tmp_path, capsys):
-    flags = [*RUN, "--task=gym_Corridor-v0", "--random=160", "--kl_weight=10", "--steps=120"]
+@pytest.mark.parametrize("task", ["Corridor", "PushedPinPad"])
+def test_vectors_and_continuous_actions_wait_for_nothing_to_be_seen(task, tmp_path, capsys):
+    flags = [*RUN, f"--task=gym_{task}-v0", "--random=160", "--kl_weight=10", "--steps=120"]
     assert director.main([*flags, f"--logdir={tmp_path}"]) == 0
     assert "Random actions until 100 at most" in capsys.readouterr().out
     metrics = read_metrics(tmp_path)[-1]
@@ -1550,7 +1551,13 @@ def short_pinpad():
     return env
 
 
+def pushed_pinpad(render_mode=None):
+    return gymnasium.wrappers.TransformAction(
+        short_pinpad(), lambda action: int(action[0] > 0), spaces.Box(-1, 1, (2,)))
+
+
 gymnasium.register("ShortPinPad-v0", short_pinpad)
+gymnasium.register("PushedPinPad-v0", pushed_pinpad)
 
 
 @pytest.mark.parametrize("agent", ["director", "dreamer"])
