@@ -100,7 +100,7 @@ class Config:
     processes: str = option("auto", "for each; auto: dmc_, gym_<module>:<id>", "auto", "yes", "no")
     render_quality: str = option("full", "fast: no shadows, jagged", "full", "fast", fixed=True)
     prefill: int = option(10_000, "random environment steps before training starts")
-    random: int = option((0, 0, 50_000), "discrete, until images are seen, so many at most", low=0)
+    random: int = option((0, 0, 50_000), "discrete actions, until it sees images, at most", low=0)
     replay_size: int = option(1_000_000, "steps to keep; the oldest episodes go first")
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
     batch_size: int = option((16, 16, 8), "replay chunks in a batch")
@@ -117,7 +117,7 @@ class Config:
     skill_classes: int = option(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = option((1e-4, 2e-4, 4e-4), "of all optimisers", low=0, group="learning")
     kl_target: float = option((3.5, 3.5, 1.0), "nats a step that the model need not foresee", low=0)
-    kl_weight: float = option((1.0, 1.0, 10.0), "of the KL, once the model sees images", low=0)
+    kl_weight: float = option((1.0, 1.0, 10.0), "of the KL, in batches of images it sees", low=1e-5)
     discount: float = option(0.99, "of rewards, per step of the worker", low=0.01, high=1)
     manager_discount: float = option(0.99, "per choice of the manager", low=0.01, high=1)
     lam: float = option(0.95, "lambda of the returns", low=0, high=1)
@@ -267,8 +267,7 @@ class AutoAdapt(nn.Module):
         mean, = average([reg.detach().flatten(0, reg.ndim - self.scale.ndim - 1).mean(0)])
         above, below = mean > 1.1 * self.target, mean < self.target / 1.1
         grow, shrink = (below, above) if self.inverse else (above, below)
-        scale = self.scale * 1.1 ** (grow.float() - shrink.float())
-        self.scale.copy_(scale.clamp(self.low, self.high))
+        self.scale.mul_(1.1 ** (grow.float() - shrink.float())).clamp_(self.low, self.high)
         return self.scale.clone() * (-reg if self.inverse else reg)
 
 
@@ -344,8 +343,7 @@ def convolutions(kind: type, channels: list[int], kernels: list[int]) -> list[nn
     """Layers of stride 2, each with norm and activation."""
     layers = []
     for (a, b), kernel in zip(itertools.pairwise(channels), kernels, strict=True):
-        conv = glorot(kind(a, b, kernel, stride=2, bias=False))
-        layers += [conv, Norm(b, eps=1e-3), nn.ELU()]
+        layers += [glorot(kind(a, b, kernel, stride=2, bias=False)), Norm(b, eps=1e-3), nn.ELU()]
     return layers
 
 
@@ -538,7 +536,9 @@ class WorldModel(nn.Module):
             target = self.encoder.scaled(key, batch[key], update=True)
             losses[key] = ((mean - target) ** 2).flatten(2).sum(-1)
             if key == "image":  # to see is to explain 95% of the variance
-                sees = (losses[key].mean() < 0.05 * target.var((0, 1), False).sum()).float()
+                x, error = target.flatten(0, 1), losses[key].detach().mean()
+                error, center, square = average([error, x.mean(0), x.square().sum() / len(x)])
+                sees = (error < 0.05 * (square - center.square().sum())).float()
         losses["reward"] = (self.reward_head(feat) - symlog(batch["reward"])) ** 2
         losses["cont"] = F.binary_cross_entropy_with_logits(
             self.cont_head(feat), 1 - batch["is_terminal"].float(), reduction="none")
@@ -1274,7 +1274,7 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
             spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
                          for key, size in sizes.items()}),
             spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action),
-            agent.Config(**{**kept, **free, **flags, "logdir": str(logdir)}))
+            agent.Config(**kept | free | flags | {"logdir": str(logdir)}))
         made.restore(state)
         made.origin = {key: state[key] for key in ("step", "seconds", "episodes", "config")}
         return made
@@ -1523,10 +1523,10 @@ def train(config: Config, agent: type = Director) -> int:
                 for _ in range(run.due(config.train_every) if run.step > config.prefill else 0):
                     batch = run.replay.sample(config.batch_size, config.batch_length)
                     run.metrics.append(learn(batch))
-                    if run.step < end and run.metrics[-1]["sees"]:
-                        run.say(f"The model sees; from step {run.step} on the agent acts.")
-                        end = run.step
                 run.whole = True
+                if run.step < end and run.metrics and run.metrics[-1].get("sees"):
+                    run.say(f"The model sees; from step {run.step} on the agent acts.")
+                    end = run.step
 
                 # Report.
                 if run.due(config.log_every) or run.step >= config.steps:

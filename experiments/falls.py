@@ -5,7 +5,8 @@
 
 AGENT is "director", as it is, "fresh", whose batches are drawn from running episodes, too, or
 "rounded", whose networks' outputs are rounded to bfloat16's 8 bits.
-Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three, they train from images.
+Their runs are in runs/gym_PinPadTold-v0; with --task pinpad_three --random 0 --kl_weight 1, they
+train from images.
 A RUN is the folder of any run of Director. A PART is model, goals, worker, manager, critics (the
 manager's, with its actor as it is) or nearer (discount its choices by 0.92). These make 1000
 gradient steps on the replay as it is, and the agent plays five episodes before, half-way and after,

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> dict[int, float]:
     for step in range(config.steps + 1):
         if step % 200 == 0 or step == config.steps:
             means = {key: np.mean([line[key] for line in lines[-200:]])
-                     for key in ("image_loss", "kl", "kl_scale") if lines}
+                     for key in ("image_loss", "kl", "kl_scale", "sees") if lines}
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 result = errors(agent, test)

@@ -8,7 +8,7 @@ and learns on its part of a batch; gradients, means of adapters and normalisers,
 averaged. What is drawn follows from (seed, step, rank). Rank 0 prints and writes the checkpoint for
 all, the others log in `rank1` ... in its folder, which all have to share. A signal to any of them,
 or to torchrun, stops all after the same step, saved. An error in one, or its death, ends all, not
-saved: the same command goes on from the last checkpoint. On paper: 16 collectives in a train step,
+saved: the same command goes on from the last checkpoint. On paper: 17 collectives in a train step,
 one of 24 bytes in a step of the environments; 189 MB of gradients at the paper's size, between two
 processes about 1 ms over NVLink, 15 ms over 100 Gb/s Ethernet.
 """

@@ -1613,16 +1613,26 @@ sys.path.insert(0, {here!r})
 import numpy as np, torch, director
 from variants import parallel, test_variants
 
-def steps(kind, parts):
+def make(kind, parts, darker=1):
     agent = test_variants.make(director.Director, getattr(test_variants, kind))
     batch = test_variants.random_batch(
         np.random.default_rng(0), 4, 9, agent.discrete, agent.sizes["action"])
     batch = {{key: x.astype(float) if x.dtype == np.float32 else x for key, x in batch.items()}}
-    part = {{key: np.split(x, parts)[parallel.RANK % parts] for key, x in batch.items()}}
+    batch["image"][:2] //= darker
+    return agent, {{key: np.split(x, parts)[parallel.RANK % parts] for key, x in batch.items()}}
+
+def steps(kind, parts):
+    agent, part = make(kind, parts)
     for _ in range(5):
         metrics = agent.train_step(part)
     metrics.pop("goal_reward_other")  # other goals are exchanged
     return torch.stack(director.average(list(metrics.values()))), agent.state_dict()
+
+def sees(parts):  # a darker half alone does not explain its variance
+    agent, part = make("DISCRETE", parts, darker=8)
+    image = agent.tensors(part)["image"] / 255 + 0.03
+    agent.world_model.decoder.forward = lambda feat: {{"image": image}}
+    return agent.world_model.loss(agent.tensors(part))[2]["sees"].item()
 
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
@@ -1630,10 +1640,11 @@ director.OneHot.rsample = lambda dist: dist.mode + (dist.probs - dist.probs.deta
 director.BoundedNormal.rsample = lambda dist: dist.mean
 kinds = "DISCRETE", "CONTINUOUS"
 whole = [steps(kind, 1) for kind in kinds]
+alone = sees(2)
 torch.distributed.init_process_group("gloo")
 director.average = parallel.average
 halves = [steps(kind, 2) for kind in kinds]
-torch.save((whole, halves), f"{{parallel.RANK}}.pt")
+torch.save((whole, halves, (alone, sees(2))), f"{{parallel.RANK}}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -1642,7 +1653,9 @@ def test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole(tmp_path)
     (tmp_path / "halves.py").write_text(HALVES.format(here=str(HERE)))
     subprocess.run([*TORCHRUN, "halves.py"], check=True, cwd=tmp_path)
     for rank in range(2):
-        for whole, halves in zip(*torch.load(tmp_path / f"{rank}.pt"), strict=True):
+        *results, seen = torch.load(tmp_path / f"{rank}.pt")
+        assert seen == (rank, 1)  # alone, together
+        for whole, halves in zip(*results, strict=True):
             assert whole[0].dtype == torch.float64
             np.testing.assert_allclose(halves[0], whole[0], rtol=1e-10)
             for key, value in whole[1].items():
