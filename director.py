@@ -100,7 +100,7 @@ class Config:
     processes: str = option("auto", "for each; auto: dmc_, gym_<module>:<id>", "auto", "yes", "no")
     render_quality: str = option("full", "fast: no shadows, jagged", "full", "fast", fixed=True)
     prefill: int = option(10_000, "random environment steps before training starts")
-    random: int = option((0, 0, 50_000), "discrete actions, until it sees images, at most", low=0)
+    random: int = option((0, 0, 50_000), "random steps at most, till it sees (discrete)", low=0)
     replay_size: int = option(1_000_000, "steps to keep; the oldest episodes go first")
     train_every: int = option((16, 16, 8), "environment steps per gradient step")
     batch_size: int = option((16, 16, 8), "replay chunks in a batch")
