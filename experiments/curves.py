@@ -74,4 +74,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="curves.png", help="the picture to write")
     parser.add_argument("--episodes", type=int, default=10, help="for each point")
     parser.add_argument("--grad_steps", action="store_true", help="also over gradient steps")
-    main(**vars(parser.parse_args()))
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, ValueError, KeyError) as error:  # no such file, or not with metrics
+        parser.exit(2, f"curves.py: {error!r}\n")
