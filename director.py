@@ -85,7 +85,8 @@ class Config:
                        "gym_<module>:<id>", group="run", fixed=True)
     obs: str = option("auto", "dmc_: pixels, or all", "auto", "pixels", "state", "both", fixed=True)
     agent: str = option("director", "dreamer: flat", "director", "dreamer", fixed=True)
-    size: str = option("auto", "auto: paper on a GPU, else xs", "auto", "paper", "s", "xs")
+    size: str = option("auto", "auto: paper on a GPU, else xs", "auto", "paper", "s", "xs",
+                       fixed=True)
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
     precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
     eager: bool = option(False, "no CUDA graphs on a GPU, which are for Director itself alone")
@@ -146,7 +147,7 @@ class Config:
                 setattr(self, field.name, value)
             if field.type in (int, float) and not low <= value <= high:
                 raise UserError(f"--{field.name} {value}: must be from {low} to {high:g}")
-        if self.horizon % self.goal_duration:
+        if self.agent == "director" and self.horizon % self.goal_duration:
             raise UserError(f"--horizon {self.horizon}: not a multiple of --goal_duration")
 
 
@@ -378,7 +379,7 @@ class Encoder(nn.Module):
         """As it is seen, and to be predicted: an image in 0..1, a vector by `norm`, if any."""
         if key == "image":
             return value.float() / 255
-        return self.norm(value, update).clamp(-10, 10) if self.norm else value
+        return self.norm(value.float(), update).clamp(-10, 10) if self.norm else value.float()
 
 
 class Decoder(nn.Module):
@@ -997,16 +998,12 @@ class Replay:
         self.saved = {name: len(episode["reward"]) for name, episode in episodes.items()}
         return self.saved
 
-    def load(self, folder: pathlib.Path, lengths: dict[int, int], rows: dict[str, np.ndarray]):
-        """Read what `save` wrote, but files that are damaged or hold other things than `rows`."""
+    def load(self, folder: pathlib.Path, lengths: dict[int, int]):
+        """Read what `save` wrote, but files that are damaged."""
         for name, length in lengths.items():
             try:
                 with np.load(folder / f"{name}.npz") as file:
-                    episode = {key: file[key][:length] for key in file}
-                fits = {key: ((length, *x.shape[1:]), x.dtype) for key, x in rows.items()}
-                if {key: (x.shape, x.dtype) for key, x in episode.items()} != fits:
-                    raise ValueError("it is not of this run")
-                self.episodes[name] = episode
+                    self.episodes[name] = {key: file[key][:length] for key in file}
             except Exception as error:  # noqa: BLE001, whatever a damaged file leads to
                 print(f"Going on without {folder}/{name}.npz, which cannot be used: {error}")
         self.saved = {name: len(episode["reward"]) for name, episode in self.episodes.items()}
@@ -1237,8 +1234,8 @@ def write_file(path: pathlib.Path, buffer: io.BytesIO):
 
 def agent_name(agent: type) -> str:
     """Of the class, or of its file if it is just called Agent, as those in `variants/`."""
-    file = sys.modules[agent.__module__].__file__ if agent.__name__ == "Agent" else agent.__name__
-    return pathlib.Path(file).stem.lower()
+    file = getattr(sys.modules.get(agent.__module__), "__file__", "agent")  # a notebook has none
+    return pathlib.Path(file if agent.__name__ == "Agent" else agent.__name__).stem.lower()
 
 
 def folder_of(config: Config, agent: type) -> pathlib.Path:
@@ -1247,10 +1244,11 @@ def folder_of(config: Config, agent: type) -> pathlib.Path:
     return pathlib.Path(config.logdir or default)
 
 
-def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
+def load(logdir: str | pathlib.Path, agent: type = Director, /, *shown, **flags) -> Director:
     """The agent that was trained in a folder, with its flags but these; UserError if none was.
 
-    Only tensors, numbers, strings and their containers are read: no code of a stranger's runs.
+    `shown`, the spaces of an environment, have to be the run's. Only tensors, numbers, strings and
+    their containers are read: no code of a stranger's runs.
     """
     path = pathlib.Path(logdir) / "checkpoint.pt"
     try:
@@ -1275,6 +1273,9 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
                          for key, size in sizes.items()}),
             spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action),
             agent.Config(**kept | free | flags | {"logdir": str(logdir)}))
+        if shown and (shown[0], spaces.flatdim(shown[1])) != (made.obs_space, made.sizes["action"]):
+            raise UserError(f"--logdir {logdir}: holds a run in {made.obs_space}, {made.act_space},"
+                            f" not {shown[0]}, {shown[1]}; use another --logdir")
         made.restore(state)
         made.origin = {key: state[key] for key in ("step", "seconds", "episodes", "config")}
         return made
@@ -1296,7 +1297,7 @@ class Run:
         self.stops, self.handlers = [], {}  # signals that asked to stop; who handled them before
         self.claim()
         if self.path.exists():
-            self.agent = load(self.path.parent, agent, **dataclasses.asdict(config))
+            self.agent = load(self.path.parent, agent, *shown, **dataclasses.asdict(config))
         else:
             self.agent = agent(*shown, config)
         self.step = self.agent.origin["step"]  # rows of all environments so far
@@ -1350,7 +1351,7 @@ class Run:
                 raise UserError(f"--logdir {self.logdir}: another process trains there") from error
             except (ImportError, OSError):  # Windows and some file systems have none
                 pass
-            for leftover in self.logdir.rglob(".tmp-*"):
+            for leftover in self.logdir.rglob(".tmp-" + 16 * "[0-9a-f]"):
                 leftover.unlink()  # of a process that was killed
 
     def stop(self, number: int, frame):
@@ -1392,10 +1393,8 @@ class Run:
         """Whatever has ended the loop: save, unless a gradient step was cut short or went wrong."""
         try:
             self.save()
-            if self.stops and self.step == self.saved:
-                self.say(f"Stopped and saved at step {self.step}; the same command resumes.")
-            elif sys.exc_info()[0] and self.step == self.saved > 0:
-                print(f"Saved at step {self.step}; the same command resumes.", file=sys.stderr)
+            if (self.stops or sys.exc_info()[0]) and self.step == self.saved > 0:
+                self.bar.write(f"Saved at step {self.step}; the same command resumes.", sys.stderr)
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
@@ -1514,7 +1513,7 @@ def train(config: Config, agent: type = Director) -> int:
                 from variants.graph import Graphed
                 learn = Graphed(run.agent)  # the same, five times as fast
             if run.saved:
-                run.replay.load(run.replays, run.agent.origin["episodes"], driver.rows)
+                run.replay.load(run.replays, run.agent.origin["episodes"])
             while run.goes_on():
                 run.record(driver)  # what the last actions led to
 
@@ -1555,9 +1554,10 @@ def train(config: Config, agent: type = Director) -> int:
 def evaluate(config: Config, agent: type = Director) -> list[float]:
     """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores."""
     logdir, replay, scores, state = folder_of(config, agent), agent.Replay(10_000), [], None
-    player = load(logdir, agent, **dataclasses.asdict(config))
-    torch.manual_seed(config.seed)
     with vector_envs(config, 1) as envs:
+        player = load(logdir, agent, envs.single_observation_space, envs.single_action_space,
+                      **dataclasses.asdict(config))
+        torch.manual_seed(config.seed)
         driver = Driver(envs, config.seed)
         while len(scores) < config.eval:
             action, state = player.policy(driver.rows, state, mode="eval")

@@ -978,10 +978,6 @@ def test_replay_forgets_the_oldest_episodes_first():
     assert {episode["state"][0, 0] for episode in replay.episodes.values()} == set(range(10, 20))
 
 
-ROWS = {"state": np.zeros((1, 2), int), "reward": np.zeros(1), "is_first": np.zeros(1, bool),
-        "is_last": np.zeros(1, bool)}
-
-
 def test_replay_on_disk_gives_the_same_episodes_but_those_that_are_damaged(tmp_path, capsys):
     replay = filled([10] * 6, capacity=40)
     for t in range(3):
@@ -990,20 +986,19 @@ def test_replay_on_disk_gives_the_same_episodes_but_those_that_are_damaged(tmp_p
     lengths = replay.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3.npz", "4.npz", "5.npz", "6.npz"]
     loaded = Replay(40)
-    loaded.load(tmp_path, lengths, ROWS)
+    loaded.load(tmp_path, lengths)
     assert loaded.steps == replay.steps == 33 and len(loaded.episodes) == 4
     assert loaded.episodes[6]["state"].tolist() == [[9, 0], [9, 1], [9, 2]]
     assert not capsys.readouterr().out
-    # A damaged file, one of another run, one that is gone.
+    # A damaged file, one that is gone.
     data = bytearray((tmp_path / "4.npz").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "4.npz").write_bytes(data)
-    np.savez(tmp_path / "5.npz", **{key: np.repeat(x, 10, 0) for key, x in ROWS.items()},
-             image=np.zeros((10, 2)))
     (tmp_path / "6.npz").unlink()
     loaded = Replay(40)
-    loaded.load(tmp_path, lengths, ROWS)
-    assert list(loaded.episodes) == [3] and capsys.readouterr().out.count("Going on without") == 3
+    loaded.load(tmp_path, lengths)
+    assert list(loaded.episodes) == [3, 5]
+    assert capsys.readouterr().out.count("Going on without") == 2
 
 
 # ---- The command line -----------------------------------------------------------------------
@@ -1120,6 +1115,47 @@ def test_a_trained_agent_loads_and_acts_without_its_environment_also_after_a_mov
     assert (tmp_path / "new/eval.json").exists() and not (tmp_path / "old").exists()
 
 
+@pytest.mark.parametrize("spaces_now", [
+    {"observation_space": spaces.Box(0, 1, (9,), np.float32), "cells": 9},
+    {"action_space": spaces.Discrete(4)}])
+def test_an_environment_that_has_changed_is_refused_and_the_run_stays_as_it_was(
+        spaces_now, tmp_path, monkeypatch, capsys):
+    flags = [*RUN, "--task=gym_Corridor-v0", f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=130"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.npz")}
+    before |= {path: path.read_bytes() for path in [tmp_path / "checkpoint.pt"]}
+    with monkeypatch.context() as patch:
+        for key, value in spaces_now.items():
+            patch.setattr(Corridor, key, value)
+        for more in (["--steps=200"], ["--eval=1"]):
+            assert director.main([*flags, *more]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "holds a run in Dict" in error, error
+    assert all(path.read_bytes() == data for path, data in before.items()) and len(before) > 4
+    assert director.main([*flags, "--steps=200"]) == 0
+    assert "Going on without" not in capsys.readouterr().out
+
+
+def test_a_vector_may_be_float64_and_actions_are_those_of_float32():
+    actions = []
+    for dtype in (np.float32, np.float64):
+        agent = make_agent(CONTINUOUS, spaces.Dict({"state": spaces.Box(-9, 9, (3,))}))
+        torch.manual_seed(0)
+        actions.append(agent.policy({"state": np.full((2, 3), 0.3, dtype)}, mode="eval")[0])
+    assert torch.equal(*actions)
+
+
+def test_the_horizon_of_a_flat_agent_is_no_multiple_of_anything():
+    assert Config(agent="dreamer", horizon=15).horizon == 15
+
+
+def test_an_agent_that_is_no_file_s_has_a_name_too():
+    program = ("import director\nclass Agent(director.Director): pass\n"
+               "print(director.folder_of(Agent.Config(), Agent))")
+    said = subprocess.check_output([sys.executable, "-c", program], cwd=HERE, text=True)
+    assert said.endswith(f"agent-{Config().size}-0\n")
+
+
 def fail(*args):
     raise ZeroDivisionError("deep inside")
 
@@ -1140,8 +1176,7 @@ def test_an_error_or_nan_inside_a_gradient_step_leaves_the_checkpoint_as_it_was(
         with pytest.raises(error, match="goal_loss is nan|deep inside"):
             director.main([*flags, "--steps=300"])
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
-        output = capsys.readouterr()
-        assert "Saved" not in output.err and "Stopped and saved" not in output.out
+        assert "Saved" not in capsys.readouterr().err
 
 
 def test_an_evaluation_shows_the_traceback_of_an_environment_that_fails(tmp_path, monkeypatch):
@@ -1293,7 +1328,7 @@ def test_a_resumed_run_draws_and_learns_exactly_what_one_that_went_on_would(tmp_
     torch.manual_seed(123)
     resumed = make_run("run")
     resumed.seed()
-    resumed.replay.load(resumed.replays, resumed.agent.origin["episodes"], rows)
+    resumed.replay.load(resumed.replays, resumed.agent.origin["episodes"])
     assert resumed.step == 160 and learn(resumed, 20) == expected
 
 
@@ -1381,12 +1416,13 @@ def test_a_run_deletes_its_forgotten_episodes_and_leftovers_and_nothing_else(tmp
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "replay/mine.npz").symlink_to(tmp_path / "notes.txt")
     (tmp_path / "replay/folder").mkdir()
-    (tmp_path / "replay/.tmp-left").write_text("half")
+    (tmp_path / "replay/.tmp-0123456789abcdef").write_text("half")
+    (tmp_path / "replay/.tmp-mine").write_text("mine")
     assert director.main([*flags, "--steps=300"]) == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     names = {path.name for path in (tmp_path / "replay").iterdir()}
     episodes = {f"{name}.npz" for name in director.load(tmp_path).origin["episodes"]}
-    assert names == episodes | {"mine.npz", "folder"} and not names & before
+    assert names == episodes | {"mine.npz", ".tmp-mine", "folder"} and not names & before
 
 
 def test_files_follow_no_link_and_can_be_read_by_whom_the_umask_lets(tmp_path):
@@ -1411,7 +1447,7 @@ def start(tmp_path, *flags, preexec_fn=listen, **kwargs):
     command = [*PROGRAM, *RUN, "--steps=1000000", f"--logdir={tmp_path}", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, preexec_fn=preexec_fn,  # noqa: PLW1509
-        **kwargs)
+        **{"stderr": subprocess.STDOUT, **kwargs})
     for line in process.stdout:
         if line.startswith("step 150: "):
             break
@@ -1432,7 +1468,7 @@ def test_a_signal_saves_and_stops_and_the_run_resumes(name, tmp_path):
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait() == 128 + number
-    assert f"Stopped and saved at step {resumes(tmp_path)}; the same command resumes." in rest
+    assert f"Saved at step {resumes(tmp_path)}; the same command resumes." in rest
 
 
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path):
@@ -1441,7 +1477,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path):
         process.send_signal(signal.SIGHUP)
         assert any("step 250: " in line for line in process.stdout)
         process.terminate()
-        assert "Stopped and saved" in process.stdout.read()
+        assert "Saved at step" in process.stdout.read()
         assert process.wait() == 128 + signal.SIGTERM
 
 
@@ -1449,9 +1485,9 @@ def test_a_signal_to_the_whole_group_ends_workers_and_saves(tmp_path):
     with start(tmp_path, "--processes=yes", start_new_session=True, stderr=subprocess.PIPE,
                cwd=HERE) as process:
         os.killpg(process.pid, signal.SIGTERM)
-        output, error = process.communicate()
+        error = process.communicate()[1]
         assert process.returncode == 128 + signal.SIGTERM
-    assert "Stopped and saved" in output and not error
+    assert re.fullmatch(r"Saved at step \d+; the same command resumes.\n", error)
     with pytest.raises(ProcessLookupError):
         for _ in range(50):  # nobody is left
             os.killpg(process.pid, 0)

@@ -15,9 +15,7 @@ import director
 def agent_and_replay(run: str, agent: type = director.Director, **flags):
     """The agent of a run, as `director.load` has it, and what it has seen."""
     agent, replay = director.load(run, agent, **flags), director.Replay(10**9)
-    with director.vector_envs(agent.config, 1) as envs:
-        rows = director.Driver(envs, agent.config.seed).rows
-    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"], rows)
+    replay.load(pathlib.Path(run, "replay"), agent.origin["episodes"])
     torch.manual_seed(0)
     return agent, replay
 

@@ -176,10 +176,7 @@ def states(agent: director.Director, replay: director.Replay) -> dict[str, torch
 
 def replayed(logdir: str, agent: director.Director) -> director.Replay:
     replay = director.Replay(10**6)
-    rows = {"state": np.zeros((1, 12), np.float32), "action": np.zeros((1, 5), np.float32),
-            "reward": np.zeros(1, np.float32), **{f"is_{key}": np.zeros(1, bool) for key in (
-                "first", "last", "terminal")}}
-    replay.load(pathlib.Path(logdir) / "run/replay", agent.origin["episodes"], rows)
+    replay.load(pathlib.Path(logdir) / "run/replay", agent.origin["episodes"])
     return replay
 
 

@@ -43,8 +43,8 @@ class Replay(director.Replay):
         dist.all_gather_object(everyone, super().save(folder))  # some 10 ms
         return dict(enumerate(everyone))
 
-    def load(self, folder, lengths: dict, rows: dict):
-        super().load(folder, lengths[RANK], rows)
+    def load(self, folder, lengths: dict):
+        super().load(folder, lengths[RANK])
 
 
 class Run(director.Run):

@@ -148,10 +148,11 @@ def test_a_variant_runs_as_a_program_that_a_signal_stops_and_the_same_command_re
     command = [sys.executable, "-m", "variants.feudal", *RUN, "--task=gym_Corridor-v0",
                "--batch_length=10", "--steps=100000", f"--logdir={tmp_path}"]
     for word in ("gradient steps", "Resumed at step"):
-        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) as process:
             assert any(word in line for line in process.stdout)
             process.terminate()
-            assert "Stopped and saved" in process.stdout.read()
+            assert "Saved at step" in process.stdout.read()
     assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 2  # it is no Director
 
 
@@ -1671,7 +1672,7 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, c
     assert [sum(episodes.values()) for episodes in saved["episodes"].values()] == [150, 150]
     # A signal to one of them stops both, after the same step.
     with subprocess.Popen([*run, "--steps=9000"], cwd=HERE, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.DEVNULL) as process:
+                          stderr=subprocess.STDOUT) as process:
         assert any("Resumed at step 300" in line for line in process.stdout)
         assert any("gradient steps" in line for line in process.stdout)  # both are training
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
@@ -1681,7 +1682,7 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, c
                     os.kill(int(folder.name), signal.SIGTERM)
         rest = process.stdout.read()
     saved = torch.load(tmp_path / "checkpoint.pt")
-    assert f"Stopped and saved at step {saved['step']}; the same" in rest
+    assert f"Saved at step {saved['step']}; the same" in rest
     assert [sum(x.values()) for x in saved["episodes"].values()] == [saved["step"] // 2] * 2
     assert director.main(flags, parallel.Agent) == 2
     assert "is of 2 processes, not 1" in capsys.readouterr().err
