@@ -3,6 +3,7 @@
     python experiments/lead.py RUN
     python experiments/lead.py RUN --modes
     python experiments/lead.py RUN --watch
+    python experiments/lead.py RUN --variant feudal
 
 Ten episodes each, side by side. First form: with the manager's goals, with those that it chooses
 for another player, who is elsewhere, and with goals of random codes, the worker's actions being the
@@ -11,8 +12,10 @@ manager and worker, both sampled or most likely. Of a flat agent, there are only
 With --watch: five episodes each, sampled and most likely actions, of every checkpoint that a run in
 progress writes; a line of them in RUN/held.jsonl, with the checkpoint's step. Beside each mean
 return: the mean value of the critic on the way, and the value that the rewards on the way justify.
+With --variant: the run is that of a file in variants/.
 """
 
+import importlib
 import json
 import pathlib
 import sys
@@ -25,12 +28,13 @@ sys.path[:0] = map(str, (pathlib.Path(__file__).parents[1], pathlib.Path(__file_
 from command import command
 
 import director
+from director import Director
 
 EPISODES = 10
 
 
 @torch.no_grad()
-def play(agent: director.Director, envs, mode: str) -> tuple[list[float], float, float]:
+def play(agent: Director, envs, mode: str) -> tuple[list[float], float, float]:
     """Play an episode of each environment, side by side, and those that end with the last of them.
 
     Returns their returns; the mean value, on the way, of the player that the task pays; and the
@@ -49,12 +53,12 @@ def play(agent: director.Director, envs, mode: str) -> tuple[list[float], float,
     return scores, float(np.mean(values)), justified
 
 
-def play_checkpoints(run: str):
+def play_checkpoints(run: str, kind: type):
     """Play each checkpoint once, until the run has made all its steps."""
     folder, step, steps = pathlib.Path(run), 0, 1
     while step < steps:
         early = (folder / "config.json").exists() and not (folder / "checkpoint.pt").exists()
-        if early or (agent := director.load(run)).origin["step"] == step:
+        if early or (agent := director.load(run, kind)).origin["step"] == step:
             time.sleep(60)
             continue
         step, steps = agent.origin["step"], agent.config.steps
@@ -69,11 +73,16 @@ def play_checkpoints(run: str):
 
 
 @torch.no_grad()
-def main(run: str, modes: bool = False, watch: bool = False) -> dict[tuple, list[float]]:
+def main(run: str, modes: bool = False, watch: bool = False, variant: str | None = None
+         ) -> dict[tuple, list[float]]:
     """Print mean returns; returns all of them by (goals, actions)."""
+    try:
+        kind = importlib.import_module(f"variants.{variant}").Agent if variant else Director
+    except (ImportError, AttributeError) as error:
+        raise director.UserError(f"--variant {variant}: {error}") from error
     if watch:
-        return play_checkpoints(run)
-    agent, results = director.load(run), {}
+        return play_checkpoints(run, kind)
+    agent, results = director.load(run, kind), {}
     config, choose = agent.config, agent.choose
 
     # Each of these chooses skill and goal for all players at once, whether or not it is time.
@@ -85,14 +94,15 @@ def main(run: str, modes: bool = False, watch: bool = False) -> dict[tuple, list
         return {key: x.roll(1, 0) for key, x in sampled(state).items()}
 
     def decoded(skill: torch.Tensor) -> dict:
-        return {"skill": skill.flatten(-2), "goal": agent.goals.decode(skill.flatten(-2))}
+        return {"skill": skill.flatten(1), "goal": agent.goals.decode(skill.flatten(1))}
 
     def most_likely(state: dict) -> dict:
         return decoded(agent.manager.dist(agent.manager.feat(state)).mode)
 
     def random_codes(state: dict) -> dict:
-        logits = torch.zeros(EPISODES, *agent.goals.groups, device=config.device)
-        return decoded(director.OneHot(logits).rsample())
+        codes = torch.zeros(EPISODES, *agent.goals.groups, device=config.device)
+        one_hot = codes.ndim > 2  # or plain numbers, in a variant
+        return decoded(director.OneHot(codes).rsample() if one_hot else codes.uniform_(-1, 1))
 
     def in_time(goals):
         """What `choose` shall be: new goals where it is time, the old ones elsewhere."""
@@ -125,4 +135,5 @@ def main(run: str, modes: bool = False, watch: bool = False) -> dict[tuple, list
 if __name__ == "__main__":  # environments may start processes
     command(main, __doc__, **{
         "--modes": {"action": "store_true", "help": "sampled or most likely choices"},
-        "--watch": {"action": "store_true", "help": "every checkpoint of a run in progress"}})
+        "--watch": {"action": "store_true", "help": "every checkpoint of a run in progress"},
+        "--variant": {"help": "the run is of variants/<VARIANT>.py"}})

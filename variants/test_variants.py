@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from test_director import (
     needs_rendering,
     random_batch,
     read_metrics,
+    run_program,
     starts_at,
     tensor,
 )
@@ -1661,6 +1663,23 @@ def test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole(tmp_path)
             np.testing.assert_allclose(halves[0], whole[0], rtol=1e-10)
             for key, value in whole[1].items():
                 np.testing.assert_allclose(halves[1][key], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("agent", [feudal, higl])
+def test_it_can_be_measured_whether_the_manager_of_a_variant_leads(
+        agent, tmp_path, capsys, monkeypatch):
+    flags = [*RUN, "--task=gym_Corridor-v0", f"--logdir={tmp_path}", "--prefill=100"]
+    assert director.main([*flags, "--batch_length=10", "--steps=108"], agent.Agent) == 0
+    name = agent.__name__.rpartition(".")[2]
+    for more in ([], ["--modes"]):
+        text = run_program(monkeypatch, capsys, "lead", tmp_path, "--variant", name, *more)
+        assert len(re.findall(r"goals: .*, actions: .*: mean return \d+", text)) == 4, text
+    for more in ([], ["--variant", "no_such"]):
+        with pytest.raises(SystemExit) as raised:
+            run_program(monkeypatch, capsys, "lead", tmp_path, *more)
+        error = capsys.readouterr().err
+        assert raised.value.code == 2 and error.count("\n") == 1
+        assert ("--variant no_such: " if more else f"holds a run of {name}") in error
 
 
 def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, capsys):
