@@ -99,7 +99,8 @@ class Agent(director.Director):
         skill, state = traj["skill"][:-1, drawn].detach(), traj["deter"][1:, drawn].detach()
         with director.autocast(self.config):
             log_q = self.goals(state)  # [H, N, skills]
-        loss = -(log_q * skill).sum(-1).mean()
+        alive = director.trajectory_weights(traj["cont"].detach(), 1.0)[1:, drawn]  # chances
+        loss = -((log_q * skill).sum(-1) * alive).mean()
         right = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()  # by chance 1 / skills
         norm = self.goals.optimizer.minimize(loss)
         return metrics | {"skill_loss": loss, "skill_right": right, "skill_grad_norm": norm}

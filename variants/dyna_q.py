@@ -33,7 +33,7 @@ from variants import same_episode
 class Config(director.Config):
     agent: str = director.option("dreamer", "there are no goals", "dreamer", fixed=True)
     planning: int = director.option(5, "imagined steps for a replayed one", low=0, group="dyna_q")
-    epsilon: float = director.option(0.1, "share of random actions", low=0, high=1)
+    epsilon: float = director.option(0.1, "share of random actions", low=0, high=0.999)
 
     def __post_init__(self):
         super().__post_init__()

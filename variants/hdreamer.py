@@ -5,7 +5,7 @@ in ladder VAEs (Sonderby et al., 2016) and NVAE (Vahdat and Kautz, 2020), the co
 first, and the fine one adds what that leaves open.
 
     python -m variants.hdreamer --task pinpad_three
-    python -m variants.hdreamer --logdir RUN        a run of director.py goes on with a fine level
+    python -m variants.hdreamer --logdir RUN ...    goes on with a run of director.py, by its flags
 
 What changes: `stoch` is [coarse, fine]. The coarse level is Director's, `--stoch` groups of
 `--classes`. The fine one, `--bottom_stoch` of `--bottom_classes`, has a prior that sees the coarse

@@ -2,7 +2,7 @@
 
 Andrychowicz et al., 2017. A goal that pays only where it is reached hardly ever pays a beginner.
 But what was done led somewhere: each transition is learned under its own goal and under `--her`
-states that came later in its episode (Algorithm 1; "future" in Section 4.5), and paid accordingly.
+states that came later in its replay chunk (Algorithm 1; "future" in Section 4.5), paid accordingly.
 
     python -m variants.hindsight --task pinpad_three [--her 0]
 
@@ -69,7 +69,7 @@ class Config(director.Config):
     worker_extr: float = director.option(0.0, "none: reaching goals pays", low=0, high=0)
     her: int = director.option(4, "later states as goals", low=0, group="hindsight")
     reached: float = director.option(0.95, "a goal is, above this max-cosine", low=0, high=1)
-    noise: float = director.option(0.2, "share of random actions, or deviation", low=0, high=1)
+    noise: float = director.option(0.2, "share of random actions, or deviation", low=0, high=0.999)
 
 
 class Agent(director.Director):

@@ -37,7 +37,8 @@ class Config(director.Config):
     priority_c: float = director.option(1e4, "priority of a step that has no visits", low=0,
                                         group="prioritized")
     priority_beta: float = director.option(0.7, "share of it that a visit leaves", low=0, high=1)
-    priority_alpha: float = director.option(0.7, "power of errors; 0: they do not count", low=0)
+    priority_alpha: float = director.option(0.7, "power of errors; 0: they do not count", low=0,
+                                            high=3)
 
 
 class Replay(director.Replay):

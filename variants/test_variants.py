@@ -20,6 +20,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
@@ -181,7 +182,7 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (disagreement.Agent, ["--members=1"], "must be from 2"),
     (dyna_q.Agent, ["--agent=director"], "invalid choice: 'director'"),
     (dyna_q.Agent, ["--batch_length=1"], "has to be more than 1"),
-    (dyna_q.Agent, ["--epsilon=2"], "must be from 0 to 1"),
+    (dyna_q.Agent, ["--epsilon=1"], "must be from 0 to 0.999"),
     (prioritized.Agent, ["--priority_beta=2"], "must be from 0 to 1"),
     (hindsight.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
     (hindsight.Agent, ["--batch_length=1"], "must be from 2"),
@@ -309,7 +310,7 @@ def test_higl_learns_from_pairs_within_an_episode_and_remembers_the_newest_codes
             after = torch.stack([states["deter"][b, t + 4] for b, t in pairs])
             errors = (goals.predictor(now) - after).square().sum(-1)
         else:
-            errors = torch.nn.functional.cross_entropy(
+            errors = F.cross_entropy(
                 -torch.cdist(now, later) ** 2 / 0.5, torch.arange(24), reduction="none")
     errors = [float(x) for x, (b, t) in zip(errors, pairs, strict=True) if b < 2 or t < 1 or t > 4]
     close(losses[0], sum(errors) / 24, rtol=1e-4)
@@ -323,7 +324,7 @@ def test_higl_contrasts_each_pair_with_all_others():
     weight = tensor([1, 1, 0, 1, 1])
     loss, metrics = agent.goals.info_nce(now, later, weight)
     logits = -torch.cdist(now, later) ** 2 / 0.7
-    each = torch.nn.functional.cross_entropy(logits, torch.arange(5), reduction="none")
+    each = F.cross_entropy(logits, torch.arange(5), reduction="none")
     close(loss, (each * weight).sum().detach() / 5)
     before = [(logits[i] > logits[i, i]).float().mean() for i in range(5)]
     close(metrics["goal_rank"], (tensor(before) * weight).sum() / 5)
@@ -370,10 +371,15 @@ def test_the_discriminator_learns_which_skill_led_to_a_state_of_those_drawn_from
     agent.goals.discriminator.forward = lambda deter: deter[..., :4]
     agent.goals.optimizer.minimize = lambda loss: losses.append(loss) or torch.zeros(())
     traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    traj["cont"] = torch.ones(9, 6)
+    traj["cont"][3, 1], traj["cont"][5, 2] = 0, 0.5
     for agent.config.skills_for, columns in (("diversity", 6), ("task", 3)):
         metrics = agent.train_imagined(traj)
         logits, skill = traj["deter"][1:, :columns, :4], traj["skill"][:-1, :columns].argmax(-1)
-        close(losses[-1], torch.nn.functional.cross_entropy(logits.flatten(0, 1), skill.flatten()))
+        entropy = F.cross_entropy(logits.movedim(-1, 1), skill, reduction="none")
+        entropy[2:, 1] = 0  # one has ended in state 3, half of one in state 5
+        entropy[4:, 2] /= 2
+        close(losses[-1], entropy.mean())
         close(metrics["skill_right"], (logits.argmax(-1) == skill).float().mean())
 
 
@@ -586,7 +592,7 @@ def test_search_does_what_pays_in_the_model(way):
     agent = make(planner.Agent, planner=way, candidates=40, goal_duration=1, horizon=2,
                  simulations=30, tried=16)
     agent.world_model.rssm.img_step = lambda deter, stoch, action: (
-        torch.nn.functional.pad(action, (0, 11)), stoch)
+        F.pad(action, (0, 11)), stoch)
     agent.world_model.reward_head.forward = lambda feat: feat[:, 2]
     # The worker obeys goals: it takes the largest of their first five numbers.
     agent.worker.actor.forward = lambda feat: 50 * feat[:, -16:-11]
@@ -1703,6 +1709,7 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, c
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert f"Saved at step {saved['step']}; the same" in rest
     assert [sum(x.values()) for x in saved["episodes"].values()] == [saved["step"] // 2] * 2
+    assert "episode 1: return" in go([*run, "--eval=1"]).stdout
     assert director.main(flags, parallel.Agent) == 2
     assert "is of 2 processes, not 1" in capsys.readouterr().err
     monkeypatch.setattr(parallel, "RANKS", 2)
