@@ -16,10 +16,9 @@ chances to get there (theorem 2, the paper's xi); pi maximises V and its entropy
 the soft version V counts entropy, so it pays for ending: with the best pi, w ends where pi(w | s)
 < exp(-cost / entropy). Both are in deviations of Q - V, as rewards may be of any size.
 
-What is left out: the paper's pi is epsilon-greedy in a Q learned from single real steps; ours a
-network, in imagination. The cost is in beta's gradient, not in rewards (Harb et al., 2018). Actions
-get no gradient through ends and picks. Flags for goals do nothing; their duration divides
---horizon.
+What is left out: the paper's pi is epsilon-greedy in a Q learned from single real steps; ours is a
+network, learned in imagination. The cost is in beta's gradient, not in rewards (Harb et al., 2018).
+Actions get no gradient through ends and picks. Flags for goals only divide --horizon.
 """
 
 import dataclasses
