@@ -85,8 +85,7 @@ class Config:
                        "gym_<module>:<id>", group="run", fixed=True)
     obs: str = option("auto", "dmc_: pixels, or all", "auto", "pixels", "state", "both", fixed=True)
     agent: str = option("director", "dreamer: flat", "director", "dreamer", fixed=True)
-    size: str = option("auto", "auto: paper on a GPU, else xs", "auto", "paper", "s", "xs",
-                       fixed=True)
+    size: str = option("auto", "paper on a GPU, else xs", "auto", "paper", "s", "xs", fixed=True)
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
     precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
     eager: bool = option(False, "no CUDA graphs on a GPU, which are for Director itself alone")
@@ -1273,7 +1272,8 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, *shown, **flags)
                          for key, size in sizes.items()}),
             spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action),
             agent.Config(**kept | free | flags | {"logdir": str(logdir)}))
-        if shown and (shown[0], spaces.flatdim(shown[1])) != (made.obs_space, made.sizes["action"]):
+        now = shown and (shown[0], type(shown[1]), spaces.flatdim(shown[1]))
+        if now and now != (made.obs_space, type(made.act_space), made.sizes["action"]):
             raise UserError(f"--logdir {logdir}: holds a run in {made.obs_space}, {made.act_space},"
                             f" not {shown[0]}, {shown[1]}; use another --logdir")
         made.restore(state)

@@ -1117,7 +1117,8 @@ def test_a_trained_agent_loads_and_acts_without_its_environment_also_after_a_mov
 
 @pytest.mark.parametrize("spaces_now", [
     {"observation_space": spaces.Box(0, 1, (9,), np.float32), "cells": 9},
-    {"action_space": spaces.Discrete(4)}])
+    {"action_space": spaces.Discrete(4)},
+    {"action_space": spaces.Box(0, 1, (3,), np.float32)}])
 def test_an_environment_that_has_changed_is_refused_and_the_run_stays_as_it_was(
         spaces_now, tmp_path, monkeypatch, capsys):
     flags = [*RUN, "--task=gym_Corridor-v0", f"--logdir={tmp_path}"]
@@ -1764,6 +1765,12 @@ def test_curves_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, mo
     out = run_program(monkeypatch, capsys, "curves", tmp_path / "x-0", tmp_path / "x-1.jsonl.gz",
                       "--out", picture)
     assert f"{tmp_path}/x (2)" in out and imageio.imread(picture).ndim == 3
+    (tmp_path / "notes").write_text("no metrics\n")
+    for other in ("nothing", "notes"):
+        with pytest.raises(SystemExit) as raised:
+            run_program(monkeypatch, capsys, "curves", tmp_path / other)
+        error = capsys.readouterr().err
+        assert raised.value.code == 2 and error.count("\n") == 1 and f"{other} holds no" in error
 
 
 def test_the_benchmark_times_every_part_and_prints_json(capsys):

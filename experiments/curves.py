@@ -15,6 +15,7 @@ import gzip
 import json
 import pathlib
 import re
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,7 +38,11 @@ def read(path: pathlib.Path) -> np.ndarray:
 def main(runs: list[str], out: str = "curves.png", episodes: int = 10, grad_steps: bool = False):
     groups = {}  # name: seeds
     for run in runs:
-        rows = read(pathlib.Path(run))
+        try:
+            rows = read(pathlib.Path(run))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"curves.py: {run} holds no metrics: {error!r}", file=sys.stderr)
+            sys.exit(2)
         if len(rows) < episodes:
             print(f"{run} is left out: it has {len(rows)} episodes, not {episodes}")
             continue
@@ -74,7 +79,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="curves.png", help="the picture to write")
     parser.add_argument("--episodes", type=int, default=10, help="for each point")
     parser.add_argument("--grad_steps", action="store_true", help="also over gradient steps")
-    try:
-        main(**vars(parser.parse_args()))
-    except (OSError, ValueError, KeyError) as error:  # no such file, or not with metrics
-        parser.exit(2, f"curves.py: {error!r}\n")
+    main(**vars(parser.parse_args()))
