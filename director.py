@@ -696,9 +696,8 @@ def split_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
         goals    a a a b b b c   ->   a a a a | b b b b   so that the value of the last state is
                                                           that under the goal that was pursued
     """
-    horizon = len(traj["cont"]) - 1
+    horizon, split = len(traj["cont"]) - 1, {}
     assert horizon % k == 0, (horizon, k)
-    split = {}
     for key, value in traj.items():
         length = k if key.startswith("reward") else k + 1
         split[key] = torch.cat([value[t : t + length] for t in range(0, horizon, k)], 1)
@@ -1510,8 +1509,9 @@ def train(config: Config, agent: type = Director) -> int:
             if run.step < end:
                 run.say(f"Random actions until {end} at most; training from {config.prefill} on.")
             if config.device == "cuda" and agent is Director and not config.eager:
-                from variants.graph import Graphed
-                learn = Graphed(run.agent)  # the same, five times as fast
+                with contextlib.suppress(ModuleNotFoundError):  # director.py may be there alone
+                    from variants.graph import Graphed
+                    learn = Graphed(run.agent)  # the same, five times as fast
             if run.saved:
                 run.replay.load(run.replays, run.agent.origin["episodes"])
             while run.goes_on():
