@@ -88,7 +88,7 @@ class Config:
     size: str = option("auto", "paper on a GPU, else xs", "auto", "paper", "s", "xs", fixed=True)
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
     precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
-    eager: bool = option(False, "no CUDA graphs on a GPU, which are for Director itself alone")
+    eager: bool = option(False, "no CUDA graphs on a GPU, which variants never use")
     seed: int = option(0, "of networks, samples and environments", low=0, high=2**32 - 1)
     steps: int = option(1_000_000, "environment steps in all, prefill included")
     logdir: str = option("", "where to write; default: runs/<task>/<agent>-<size>-<seed>")
