@@ -1699,6 +1699,17 @@ def test_pin_pad_as_a_vector_says_what_the_image_shows_and_its_agents_change_one
     assert list(replay.episodes) == [0]
 
 
+def test_chance_plays_pin_pad_at_random_and_perfectly(monkeypatch, capsys):
+    names = runpy.run_path(str(HERE / "experiments/chance.py"))
+    away = names["steps_to"](PinPad("three").cells, 2, 1)  # pad 2 begins at x 6, y 9; [y, x]
+    assert (away[1, 1], away[1, 4], away[12, 6]) == (5 + 8, 2 + 8, 0)
+    assert np.isinf(away[2, 12]) and np.isinf(away[0, 0])  # pad 3, and the wall
+    line = run_program(monkeypatch, capsys, "chance", "three", "--episodes=2")
+    room, *means = [x.split(" ± ")[0] for x in line.split("\t")]
+    chance, any_pad, perfect = map(float, means)
+    assert room == "three" and chance < 5 and 12 < any_pad < 27 and 54 < perfect < 59
+
+
 def test_cover_counts_cells_moves_changes_of_pads_and_payments():
     cells = np.array([[0, 0, 1, 1], [2, 0, 0, 3]])
     ways = [(0, 0), (1, 0), (2, 0), (3, 0), (3, 0), (3, 1), (2, 1), (3, 1), (2, 0)], [(0, 1)] * 7
