@@ -14,9 +14,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from variants.pin_pad import PADS, PinPad
-
-MOVES = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # x and y of the actions
+from variants.pin_pad import MOVES, PADS, PinPad
 
 
 class Blind(PinPad):
@@ -91,6 +89,8 @@ if __name__ == "__main__":
     parser.add_argument("rooms", nargs="+", choices=PADS, metavar="ROOM", help=", ".join(PADS))
     parser.add_argument("--episodes", type=int, default=300)
     args = parser.parse_args()
+    if args.episodes < 1:
+        parser.error(f"--episodes {args.episodes}: at least 1")
     for name in args.rooms:
         means = []
         for kind in (Random, AnyPad, InOrder):

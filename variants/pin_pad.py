@@ -20,6 +20,7 @@ PADS = {  # rectangles: number of the pad, left, top, width, height; (0, 0) is a
               (2, 13, 10, 2, 1), (2, 12, 11, 3, 2), (7, 6, 11, 4, 2)),
 }
 PADS["eight"] = (*PADS["seven"], (8, 6, 1, 4, 2))
+MOVES = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # x and y of the actions
 COLORS = np.array((  # floor, pads 1 to 8, wall
     (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255),
     (0, 255, 255), (128, 0, 128), (0, 128, 128), (192, 192, 192)))
@@ -54,7 +55,7 @@ class PinPad(gymnasium.Env):
             self.countdown -= 1
             if not self.countdown:
                 self.spawn()
-        dx, dy = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))[action]
+        dx, dy = MOVES[action]
         x, y = self.player[0] + dx, self.player[1] + dy
         pad = int(self.cells[y, x])
         if pad >= 0:
