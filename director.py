@@ -52,7 +52,6 @@ import warnings
 import zipfile
 
 import gymnasium
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -1486,8 +1485,8 @@ def draw(agent: Director, film: list[tuple], batch: dict, path: pathlib.Path, wr
     for name, rows in pictures.items():  # rows of B images, [B, frames, height, width, 3]
         frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
         frames, buffer = (frames * 255).byte().cpu().numpy(), io.BytesIO()
-        colors = [octree(Image.fromarray(frame)).convert("RGB") for frame in frames]
-        imageio.mimwrite(buffer, colors, format="gif", duration=50, loop=0)
+        first, *rest = [octree(Image.fromarray(frame)) for frame in frames]
+        first.save(buffer, "gif", save_all=True, append_images=rest, duration=50, loop=0)
         write_file(path.with_name(f"{path.name}-{name}.gif"), buffer)
         if writer:
             strip = np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -1286,18 +1287,22 @@ if __name__ == "__main__":
     sys.exit(director.main(agent=Agent))
 """)
     task = [*RUN, "--task=gym_CartPole-v1"]
-    command = [sys.executable, "curious.py", *task, "--steps=150"]
-    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
-    assert run([*command, "--thirst=2"], check=True).stderr == ""
+    command = [sys.executable, "curious.py", *task, "--steps=150", "--thirst=2"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stderr == ""
     folder = tmp_path / "runs/gym_CartPole-v1/curious-xs-0"
     assert (folder / "checkpoint.pt").exists()
-    again = run(command, check=False)
-    assert again.returncode == 2 and "--thirst 2.0, not 0.5" in again.stderr
-    assert "curious:" in run([*command, "--help"], check=True).stdout
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = importlib.import_module("curious").Agent
+    assert director.main([*task, "--steps=150"], agent) == 2
+    assert "--thirst 2.0, not 0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        director.main(["--help"], agent)
+    assert "curious:" in capsys.readouterr().out
     assert director.main([*task, f"--logdir={folder}"]) == 2
     assert "holds a run of curious" in capsys.readouterr().err
-    assert run([*command[:2], "--eval=1", f"--logdir={folder}"], check=True).returncode == 0
+    assert director.main(["--eval=1", f"--logdir={folder}"], agent) == 0
 
 
 # ---- Trust ----------------------------------------------------------------------------------
@@ -1443,15 +1448,18 @@ def listen():
         signal.signal(number, signal.SIG_DFL)
 
 
-def start(tmp_path, *flags, preexec_fn=listen, **kwargs):
-    """A run that goes on for long, once it has begun to train."""
-    command = [*PROGRAM, *RUN, "--steps=1000000", f"--logdir={tmp_path}", *flags]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, preexec_fn=preexec_fn,  # noqa: PLW1509
-        **{"stderr": subprocess.STDOUT, **kwargs})
-    for line in process.stdout:
-        if line.startswith("step 150: "):
-            break
+def launch(tmp_path, *flags, preexec_fn=listen, **kwargs):
+    """A run of minutes."""
+    command = [*PROGRAM, *RUN, "--steps=10000", f"--logdir={tmp_path}", *flags]
+    return subprocess.Popen(
+        command, text=True, preexec_fn=preexec_fn,  # noqa: PLW1509
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **kwargs})
+
+
+def start(*args, **kwargs):
+    """A run of minutes, once it has begun to train."""
+    process = launch(*args, **kwargs)
+    assert any(line.startswith("step 150: ") for line in process.stdout)
     return process
 
 
@@ -1462,24 +1470,27 @@ def resumes(tmp_path, *flags):
     return step
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_stops_and_the_run_resumes(name, tmp_path):
-    number = getattr(signal, name)
-    with start(tmp_path) as process:
-        process.send_signal(number)
-        rest = process.stdout.read()
-        assert process.wait() == 128 + number
-    assert f"Saved at step {resumes(tmp_path)}; the same command resumes." in rest
+def test_a_signal_saves_and_stops_and_the_run_resumes_unless_it_was_ignored(tmp_path):
+    def ignore():
+        listen()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-
-def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path):
-    ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    with start(tmp_path, preexec_fn=ignore) as process:
-        process.send_signal(signal.SIGHUP)
-        assert any("step 250: " in line for line in process.stdout)
-        process.terminate()
-        assert "Saved at step" in process.stdout.read()
-        assert process.wait() == 128 + signal.SIGTERM
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    with contextlib.ExitStack() as stack:  # all at once: it takes them seconds to begin
+        ignores, *others = [
+            stack.enter_context(launch(tmp_path / str(number), preexec_fn=preexec))
+            for number, preexec in ((0, ignore), *((number, listen) for number in numbers))]
+        for process, number in zip([ignores, *others], [signal.SIGHUP, *numbers], strict=True):
+            assert any(line.startswith("step 150: ") for line in process.stdout)
+            process.send_signal(number)
+        assert any(line.startswith("step 250: ") for line in ignores.stdout)
+        ignores.terminate()
+        rests = [process.communicate()[0] for process in (ignores, *others)]
+    assert "Saved at step" in rests.pop(0) and ignores.returncode == 128 + signal.SIGTERM
+    for process, number, rest in zip(others, numbers, rests, strict=True):
+        assert process.returncode == 128 + number
+        step = resumes(tmp_path / str(number))
+        assert f"Saved at step {step}; the same command resumes." in rest
 
 
 def test_a_signal_to_the_whole_group_ends_workers_and_saves(tmp_path):
@@ -1497,17 +1508,16 @@ def test_a_signal_to_the_whole_group_ends_workers_and_saves(tmp_path):
 
 
 def test_a_closed_pipe_and_a_full_output_save_the_run(tmp_path):
-    with start(tmp_path / "pipe", stderr=subprocess.PIPE) as process:
+    with (open("/dev/full", "w") as full,
+          launch(tmp_path / "full", stdout=full, stderr=subprocess.PIPE) as other,
+          start(tmp_path / "pipe", stderr=subprocess.PIPE) as process):
         process.stdout.close()
         error = process.stderr.read()
         assert process.wait() == 2
+        assert other.wait() == 2 and "No space left" in other.stderr.read()
     assert "cannot write to the standard output: Broken pipe" in error
     assert "Saved at step" in error and "Traceback" not in error
     assert resumes(tmp_path / "pipe") >= 150
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([*PROGRAM, *RUN, f"--logdir={tmp_path}/full"], stdout=full,
-                              stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2 and "No space left" in done.stderr, done.stderr
 
 
 def test_a_second_process_in_a_folder_is_refused_but_may_evaluate(tmp_path):
@@ -1523,15 +1533,15 @@ def test_a_second_process_in_a_folder_is_refused_but_may_evaluate(tmp_path):
 
 
 def test_a_full_disk_gets_one_line_and_loses_nothing(tmp_path):
-    flags = [*PROGRAM, *RUN, f"--logdir={tmp_path}"]
-    subprocess.run([*flags, "--steps=150"], check=True, capture_output=True)
+    flags = [*RUN, f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=150"]) == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
     def limit():  # files of at most 200 kB: metrics fit, checkpoints do not
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    full = subprocess.run([*flags, "--steps=250"], check=False, capture_output=True, text=True,
-                          preexec_fn=limit)
+    full = subprocess.run([*PROGRAM, *flags, "--steps=250"], check=False, capture_output=True,
+                          text=True, preexec_fn=limit)
     assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
     assert "cannot write" in full.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before

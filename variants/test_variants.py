@@ -1,17 +1,15 @@
 """What a user of the variants can rely on: mechanisms and formulas; returns are in experiments/."""
 
-import contextlib
 import copy
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -1688,28 +1686,34 @@ def test_it_can_be_measured_whether_the_manager_of_a_variant_leads(
         assert ("--variant no_such: " if more else f"holds a run of {name}") in error
 
 
+def ranks(*command) -> list[subprocess.Popen]:
+    """Both processes of a run, as torchrun starts them, which takes it seconds."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [subprocess.Popen([sys.executable, "-m", "variants.parallel", *command], cwd=HERE,
+                             env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+
+
 def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, capsys):
     flags = [*RUN, "--task=gym_Corridor-v0", "--envs=4", f"--logdir={tmp_path}", "--steps=400"]
-    go = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
-    run = [*TORCHRUN, "-m", "variants.parallel", *flags]
-    assert go([*run, "--steps=300"]).stdout.count("step 300: 25 grad") == 1  # rank 0 alone prints
+    # A signal to one of them stops both, after the same step; rank 0 alone prints.
+    first, second = ranks(*flags, "--steps=9000")
+    assert any("model loss" in line for line in first.stdout)  # both are training
+    second.send_signal(signal.SIGTERM)
+    said, silence = first.communicate()[0], second.communicate()[0]
     saved = torch.load(tmp_path / "checkpoint.pt")
-    assert [sum(episodes.values()) for episodes in saved["episodes"].values()] == [150, 150]
-    # A signal to one of them stops both, after the same step.
-    with subprocess.Popen([*run, "--steps=9000"], cwd=HERE, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.STDOUT) as process:
-        assert any("Resumed at step 300" in line for line in process.stdout)
-        assert any("gradient steps" in line for line in process.stdout)  # both are training
-        for folder in pathlib.Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (bytes(tmp_path) in (folder / "cmdline").read_bytes()
-                        and b"\0RANK=1\0" in (folder / "environ").read_bytes()):
-                    os.kill(int(folder.name), signal.SIGTERM)
-        rest = process.stdout.read()
-    saved = torch.load(tmp_path / "checkpoint.pt")
-    assert f"Saved at step {saved['step']}; the same" in rest
+    assert f"Saved at step {saved['step']}; the same" in said and "gradient" not in silence
     assert [sum(x.values()) for x in saved["episodes"].values()] == [saved["step"] // 2] * 2
-    assert "episode 1: return" in go([*run, "--eval=1"]).stdout
+    assert first.returncode == second.returncode == 128 + signal.SIGTERM
+    for more, word in (("--steps=900", f"Resumed at step {saved['step']}."),
+                       ("--eval=1", "episode 1: return")):
+        first, second = ranks(*flags, more)
+        said, silence = first.communicate()[0], second.communicate()[0]
+        assert said.count(word) == 1 and silence == "", said + silence
+        assert first.returncode == second.returncode == 0
+    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == (900 - 100) / 8
     assert director.main(flags, parallel.Agent) == 2
     assert "is of 2 processes, not 1" in capsys.readouterr().err
     monkeypatch.setattr(parallel, "RANKS", 2)
