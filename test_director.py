@@ -656,7 +656,7 @@ def test_worker_learns_to_reach_a_goal_in_a_fixed_world_model(space):
             goal, other = rssm.img_step(goal, other, action)
     goal = goal.mean(0).expand(64, -1)
     rewards = []
-    for step in range(120):
+    for step in range(60):
         traj = agent.imagine({**starts_at(deter, stoch), "goal": goal})
         rewards.append(traj["reward_goal"][4:8].mean().item())
         agent.worker.learn(director.split_trajectory(traj, 8), copy_slow=step % 10 == 0)

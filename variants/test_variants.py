@@ -1,5 +1,6 @@
 """What a user of the variants can rely on: mechanisms and formulas; returns are in experiments/."""
 
+import concurrent.futures
 import copy
 import dataclasses
 import importlib.util
@@ -1657,11 +1658,14 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole(tmp_path):
-    (tmp_path / "halves.py").write_text(HALVES.format(here=str(HERE)))
-    subprocess.run([*TORCHRUN, "halves.py"], check=True, cwd=tmp_path)
+def halves(folder):
+    (folder / "halves.py").write_text(HALVES.format(here=str(HERE)))
+    subprocess.run([*TORCHRUN, "halves.py"], check=True, cwd=folder)
+
+
+def test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole(ended):
     for rank in range(2):
-        *results, seen = torch.load(tmp_path / f"{rank}.pt")
+        *results, seen = torch.load(ended / f"{rank}.pt")
         assert seen == (rank, 1)  # alone, together
         for whole, halves in zip(*results, strict=True):
             assert whole[0].dtype == torch.float64
@@ -1697,14 +1701,17 @@ def ranks(*command) -> list[subprocess.Popen]:
                              stderr=subprocess.STDOUT, text=True) for rank in range(2)]
 
 
-def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, capsys):
-    flags = [*RUN, "--task=gym_Corridor-v0", "--envs=4", f"--logdir={tmp_path}", "--steps=400"]
+TOGETHER = [*RUN, "--task=gym_Corridor-v0", "--envs=4", "--steps=400"]
+
+
+def train_save_resume(folder):
+    flags = [*TOGETHER, f"--logdir={folder}"]
     # A signal to one of them stops both, after the same step; rank 0 alone prints.
     first, second = ranks(*flags, "--steps=9000")
     assert any("model loss" in line for line in first.stdout)  # both are training
     second.send_signal(signal.SIGTERM)
     said, silence = first.communicate()[0], second.communicate()[0]
-    saved = torch.load(tmp_path / "checkpoint.pt")
+    saved = torch.load(folder / "checkpoint.pt")
     assert f"Saved at step {saved['step']}; the same" in said and "gradient" not in silence
     assert [sum(x.values()) for x in saved["episodes"].values()] == [saved["step"] // 2] * 2
     assert first.returncode == second.returncode == 128 + signal.SIGTERM
@@ -1714,12 +1721,39 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path, monkeypatch, c
         said, silence = first.communicate()[0], second.communicate()[0]
         assert said.count(word) == 1 and silence == "", said + silence
         assert first.returncode == second.returncode == 0
-    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == (900 - 100) / 8
+
+
+def test_two_processes_train_save_and_resume_as_one_run(ended, monkeypatch, capsys):
+    flags = [*TOGETHER, f"--logdir={ended}"]
+    assert read_metrics(ended)[-1]["train/grad_steps"] == (900 - 100) / 8
     assert director.main(flags, parallel.Agent) == 2
     assert "is of 2 processes, not 1" in capsys.readouterr().err
     monkeypatch.setattr(parallel, "RANKS", 2)
     assert director.main([*flags, "--envs=3"], parallel.Agent) == 2
     assert "--envs: not multiples of 2 processes" in capsys.readouterr().err
+
+
+BESIDE = {  # what these tests wait for: two processes, which take half a minute to start
+    "test_two_processes_train_save_and_resume_as_one_run": train_save_resume,
+    "test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole": halves}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes(request, tmp_path_factory):
+    """{test: its folder, once its processes have ended}; beside other tests, a pair at a time."""
+    def run(name):
+        folder = tmp_path_factory.mktemp("beside")
+        BESIDE[name](folder)
+        return folder
+
+    names = [name for name in BESIDE if name in {item.name for item in request.session.items}]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(run, name) for name in names}
+
+
+@pytest.fixture
+def ended(processes, request):
+    return processes[request.node.name].result()
 
 
 # ---- Ant Maze -------------------------------------------------------------------------------
