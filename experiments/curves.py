@@ -67,6 +67,7 @@ def main(runs: list[str], out: str = "curves.png", episodes: int = 10, grad_step
     axes[0].set(ylabel=f"return, mean of {episodes} episodes")
     for ax, label in zip(axes, labels, strict=True):
         ax.set(xlabel=label)
+        ax.locator_params(axis="x", nbins=6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(out, dpi=100)
     plt.close(figure)
