@@ -1658,7 +1658,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def halves(folder):
+def train_halves(folder):
     (folder / "halves.py").write_text(HALVES.format(here=str(HERE)))
     subprocess.run([*TORCHRUN, "halves.py"], check=True, cwd=folder)
 
@@ -1735,7 +1735,7 @@ def test_two_processes_train_save_and_resume_as_one_run(ended, monkeypatch, caps
 
 BESIDE = {  # what these tests wait for: two processes, which take half a minute to start
     "test_two_processes_train_save_and_resume_as_one_run": train_save_resume,
-    "test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole": halves}
+    "test_two_processes_with_halves_of_a_batch_equal_one_with_the_whole": train_halves}
 
 
 @pytest.fixture(scope="module", autouse=True)
