@@ -1,0 +1,72 @@
+"""The DeepMind Control Suite as Gymnasium environments: `--task dmc_walker_walk`.
+
+Rendering needs OpenGL. Without a screen, MuJoCo uses EGL, unless MUJOCO_GL says otherwise.
+"""
+
+import os
+import sys
+import warnings
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class DMControl(gymnasium.Env):
+    """A task of the suite, named "<domain>_<task>".
+
+    obs: "pixels" (an image [64, 64, 3] uint8), "state" (the suite's vectors), or "both".
+    quality: "fast" draws without shadows and antialiasing.
+    Episodes are truncated after the suite's time limit, usually 1000 steps.
+    Raises ImportError, with what to do, if dm_control or OpenGL is missing, or the task unknown.
+    """
+
+    def __init__(self, name: str, obs: str = "pixels", quality: str = "full"):
+        self.pixels = obs != "state"
+        if self.pixels and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # before dm_control is imported
+        try:
+            with warnings.catch_warnings(action="ignore"):  # glfw warns where there is no screen
+                from dm_control import mujoco, suite
+            if self.pixels:
+                mujoco.Physics.from_xml_string("<mujoco/>").render(8, 8)
+        except ModuleNotFoundError as error:
+            raise ImportError("dm_control is missing: README.md says how to install it") from error
+        except Exception as error:
+            raise ImportError(
+                f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}. On Debian: "
+                "apt-get install libegl1 libgl1-mesa-dri; without: --obs state") from error
+        tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+        tasks["cup_catch"] = ("ball_in_cup", "catch")
+        if name not in tasks:
+            raise ImportError(f"{name} is none of {', '.join(sorted(tasks))}")
+        self.env = suite.load(*tasks[name])
+        self.camera = 2 if name.startswith("quadruped") else 0
+        if quality == "fast":
+            self.env.physics.model.vis.quality.offsamples = 0
+            self.env.physics.model.vis.quality.shadowsize = 0
+        parts = {key: spaces.Box(-np.inf, np.inf, spec.shape, np.float64)
+                 for key, spec in self.env.observation_spec().items()}
+        if self.pixels:
+            parts["image"] = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        self.observation_space = spaces.Dict(parts)
+        spec = self.env.action_spec()
+        self.action_space = spaces.Box(np.float32(spec.minimum), np.float32(spec.maximum))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)
+        return self.render_observation(self.env.reset()), {}
+
+    def step(self, action):
+        result = self.env.step(action)
+        terminated = result.last() and result.discount == 0
+        truncated = result.last() and not terminated
+        return self.render_observation(result), result.reward, terminated, truncated, {}
+
+    def render_observation(self, result) -> dict[str, np.ndarray]:
+        obs = {key: np.asarray(value, np.float64) for key, value in result.observation.items()}
+        if self.pixels:
+            obs["image"] = self.env.physics.render(64, 64, camera_id=self.camera)
+        return obs
