@@ -9,32 +9,26 @@ manager is rewarded for the task and for novelty. No goals are given by hand.
     python director.py --task dmc_walker_walk       train; the same command resumes
     python director.py --logdir RUN --eval 10       play 10 episodes with a trained agent
 
-From the paper to this file:
-    eq. 1  world model (RSSM)              RSSM: recur, prior, posterior
-    eq. 2  its loss                        WorldModel.loss, balanced_kl
-    eq. 3  goal autoencoder                GoalAutoencoder: encode, decode
-    eq. 4  its loss                        GoalAutoencoder.loss
-    eq. 5  manager policy, Section 2.3     Director.sample_skill, choose; abstract_trajectory
-    eq. 6  exploration reward              GoalAutoencoder.novelty, Director.reward_expl
-    eq. 7  worker policy, Section 2.4      Director.act, imagine; split_trajectory
-    eq. 8  goal reward (max-cosine)        max_cosine, Director.reward_goal
-    actor and critic losses, lambda return ActorCritic, lambda_return
-
-Contents: configuration; numerics and distributions; networks; hierarchical returns; world model,
-goal autoencoder, actor-critic; the agent; replay; environments; a run (metrics, checkpoints,
-pictures, the training loop `train`, `evaluate`, `main`).
+From the paper to this file, in its order (`# ---- ` begins a part):
+    Configuration, numerics   Config, SIZES; symlog, OneHot, balanced_kl, AutoAdapt, Normalizer
+    Networks                  Encoder, Decoder, RSSM (Section 2.1, eq. 1)
+    Hierarchical returns      max_cosine (eq. 8), lambda_return, split_ and abstract_trajectory
+    Models and players        WorldModel (eq. 2), GoalAutoencoder (2.2, eq. 3, 4, 6), ActorCritic
+    The agent                 Director: sample_skill (2.3, eq. 5), act (2.4, eq. 7), imagine,
+                              reward_expl (eq. 6), reward_goal (eq. 8), train_step
+    Replay, environments      Replay, make_env, vector_envs, Driver
+    A run                     load, Run, draw_pictures, train, evaluate, main
 
 Symbols in shapes: B replay chunks in a batch, T steps in each; N = BT imagined trajectories, H
 steps in each; K steps for a goal; D deterministic state; SC stochastic state, S groups of C
 classes; GL skill, G groups of L classes; A action; E environments; F features of a state.
 
-A trajectory is a dict of tensors, time first. `Director.imagine` creates it from N replayed states;
-`split_trajectory` and `abstract_trajectory` turn it into those of the worker and the manager:
+A trajectory is a dict of tensors, time first, that `Director.imagine` creates from replayed states
+and from which `split_trajectory` and `abstract_trajectory` make the worker's and the manager's:
     key             shape              entry t is
     deter, stoch    [H+1, N, D or SC]  the state at time t; at t = 0 the replayed state
     skill, goal     [H+1, N, GL or D]  the manager's code, and its decoding, during action t
-    action          [H+1, N, A]        the worker's action in state t
-    ent             [H+1, N, A]        the entropy of that choice; only for back-propagated actors
+    action, ent     [H+1, N, A]        the worker's action in state t; its entropy, if it is needed
     cont            [H+1, N]           probability that the episode continues at state t
     reward_<name>   [H, N]             reward for action t, a function of state t+1
 """
@@ -50,7 +44,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.forkserver
 import os
 import pathlib
 import signal
@@ -66,16 +59,16 @@ import torch
 import torch.nn.functional as F
 import tqdm
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+
+from envs.vector import SIGNALS, Driver, side_by_side
+from envs.wrappers import IMAGE, image_and_state
 
 with contextlib.suppress(ImportError):  # PyTorch's LLVM must be loaded before an OpenGL driver's
     import triton  # noqa: F401
 
 # ---- Configuration --------------------------------------------------------------------------
-
 SIZES = {  # what --size sets; a flag of its own takes precedence
     "paper": {
         "deter": 1024, "hidden": 1024, "stoch": 32, "classes": 32, "units": 512, "layers": 4,
@@ -88,8 +81,7 @@ SIZES = {  # what --size sets; a flag of its own takes precedence
     "xs": {
         "deter": 128, "hidden": 128, "stoch": 16, "classes": 16, "units": 128, "layers": 2,
         "cnn_depth": 16, "batch_size": 8, "batch_length": 32, "train_every": 8,
-        "slow_every": 20, "learning_rate": 4e-4, "kl_target": 1.0, "standardize": "yes"},
-}
+        "slow_every": 20, "learning_rate": 4e-4, "kl_target": 1.0, "standardize": "yes"}}
 
 
 class UserError(ValueError):
@@ -97,39 +89,30 @@ class UserError(ValueError):
 
 
 def flag(default, text: str, choices=None, low=1, high=1e12, group="", fixed=False):
-    """A field of Config and its command-line flag.
+    """A field of Config and its command-line flag; its default is None if `SIZES` sets it.
 
-    default: None if `SIZES` sets it. choices: allowed strings; low, high: allowed numbers. group:
-    heading in --help, for this flag and those that follow. fixed: it shapes networks or data, so
-    that a resumed run cannot change it.
+    choices, low, high: what is allowed. group: heading in --help for this flag and the following.
+    fixed: it shapes networks or data, so a resumed run cannot change it.
     """
-    metadata = {"text": text, "choices": choices, "low": low, "high": high, "group": group,
-                "fixed": fixed}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-YES_NO = ("yes", "no")
+    return dataclasses.field(default=default, metadata={
+        "text": text, "choices": choices, "low": low, "high": high, "group": group, "fixed": fixed})
 
 
 @dataclasses.dataclass
 class Config:
-    """All settings, each a command-line flag. Defaults are the paper's where nothing else is said.
-
-    A subclass that adds fields whose defaults depend on the size extends `sizes`.
-    """
+    """All settings, each a command-line flag. A subclass may extend `sizes`, too."""
 
     sizes = SIZES
 
     task: str = flag("dmc_walker_walk", "dmc_<domain>_<task>, pinpad_<three..eight>, gym_<id> or "
                      "gym_<module>:<id>", group="run", fixed=True)
-    obs: str = flag("auto", "what is observed; auto: pixels of dmc_ and pinpad_, all of gym_",
+    obs: str = flag("auto", "auto: pixels of dmc_ and pinpad_, all that gym_ tasks observe",
                     ("auto", "pixels", "state", "both"), fixed=True)
     agent: str = flag("director", "dreamer: the flat baseline", ("director", "dreamer"), fixed=True)
-    size: str = flag("auto", "networks and schedule; auto: paper on a GPU, xs on a CPU",
-                     ("auto", *SIZES), fixed=True)
+    size: str = flag("auto", "of the networks; auto: paper on a GPU, else xs", ("auto", *SIZES),
+                     fixed=True)
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "auto: bfloat16 where the hardware has it",
-                          ("auto", "float32", "bfloat16"))
+    precision: str = flag("auto", "auto: native bfloat16", ("auto", "float32", "bfloat16"))
     eager: bool = flag(False, "do not use CUDA graphs on a GPU")
     seed: int = flag(0, "of networks, samples and environments", low=0, high=2**32 - 1)
     steps: int = flag(1_000_000, "environment steps of the whole run, prefill included")
@@ -138,40 +121,35 @@ class Config:
     log_every: int = flag(1000, "environment steps between two lines of metrics")
     save_every: int = flag(10_000, "environment steps between two checkpoints")
     video_every: int = flag(20_000, "environment steps between two sets of pictures")
-
     envs: int = flag(4, "environments that run side by side", group="data")
-    processes: str = flag("auto", "a process for each environment; auto: for dmc_ and "
-                          "gym_<module>:<id>", ("auto", *YES_NO))
-    render_quality: str = flag("full", "fast: no shadows and no antialiasing (dmc_)",
+    processes: str = flag("auto", "one for each environment; auto: for dmc_ and gym_<module>:<id>",
+                          ("auto", "yes", "no"))
+    render_quality: str = flag("full", "of dmc_; fast: without shadows and antialiasing",
                                ("full", "fast"), fixed=True)
     prefill: int = flag(10_000, "random environment steps before training starts")
-    random: int = flag(0, "actions stay random until this step; training starts at --prefill",
-                       low=0)
+    random: int = flag(0, "actions stay random until this step, also after --prefill", low=0)
     replay_size: int = flag(1_000_000, "environment steps to keep; oldest episodes leave first")
     train_every: int = flag(None, "environment steps per gradient step")
     batch_size: int = flag(None, "replay chunks in a batch")
     batch_length: int = flag(None, "steps in a replay chunk")
-
-    deter: int = flag(None, "deterministic state", group="networks", fixed=True)
+    deter: int = flag(None, "units of the deterministic state", group="networks", fixed=True)
     hidden: int = flag(None, "hidden units of the recurrent model", fixed=True)
     stoch: int = flag(None, "groups of the stochastic state", fixed=True)
     classes: int = flag(None, "classes in each group of the stochastic state", fixed=True)
     units: int = flag(None, "units in the hidden layers of the MLPs", fixed=True)
     layers: int = flag(None, "hidden layers of the MLPs", fixed=True)
     cnn_depth: int = flag(None, "channels of the first convolution", fixed=True)
-    standardize: str = flag(None, "standardize observed vectors by running statistics", YES_NO,
-                            fixed=True)
+    standardize: str = flag(None, "scale state vectors by running means", ("yes", "no"), fixed=True)
     skill_groups: int = flag(8, "groups of the manager's code", fixed=True)
     skill_classes: int = flag(8, "classes in each group of the code", low=2, fixed=True)
-
     learning_rate: float = flag(None, "of all optimizers", low=0, group="learning")
     kl_target: float = flag(None, "target of the world model's KL, in nats per step", low=0)
     discount: float = flag(0.99, "per worker step and per manager decision", low=0.01, high=1)
     lam: float = flag(0.95, "lambda of the returns", low=0, high=1)
     horizon: int = flag(16, "imagined steps, a multiple of --goal_duration")
     goal_duration: int = flag(8, "steps that a goal lasts")
-    worker_extr: float = flag(0.0, "weight of the task reward for the worker (the paper's second "
-                              "variant: 0.5)", low=0, fixed=True)
+    worker_extr: float = flag(0.0, "task reward for the worker; 0.5 in the paper's second variant",
+                              low=0, fixed=True)
     manager_expl: float = flag(0.1, "weight of the manager's exploration reward", low=0)
     slow_every: int = flag(None, "gradient steps between two copies to the slow critics")
 
@@ -187,7 +165,11 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.precision == "auto":
-            self.precision = "bfloat16" if has_bfloat16(self.device) else "float32"
+            find = getattr(torch.cpu, "get_capabilities", dict)  # an older PyTorch has none
+            native = any(find().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+            if self.device == "cuda":
+                native = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.precision = "bfloat16" if native else "float32"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             low, high = field.metadata["low"], field.metadata["high"]
@@ -197,22 +179,13 @@ class Config:
             raise UserError(f"--horizon {self.horizon}: not a multiple of --goal_duration")
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether the hardware computes in bfloat16, rather than emulating it slowly."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    find = getattr(torch.cpu, "get_capabilities", dict)  # older versions of PyTorch have none
-    return any(find().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def parse_args(argv: list[str] | None, config: type) -> dict:
     """The flags that are given on the command line, and only those; raises UserError."""
 
     def integer(text: str) -> int:
-        number = float(text)  # people write --steps 1e6
-        if not number.is_integer():
+        if not float(text).is_integer():  # people write --steps 1e6
             raise ValueError
-        return int(number)
+        return int(float(text))
 
     def fail(message: str):
         raise UserError(message)
@@ -226,21 +199,18 @@ def parse_args(argv: list[str] | None, config: type) -> dict:
             group = parser.add_argument_group(meta["group"])
         default = field.default
         if default is None:
-            values = [f"{size} {values[field.name]}" for size, values in config.sizes.items()]
-            default = ", ".join(values)
+            default = ", ".join(f"{size} {x[field.name]}" for size, x in config.sizes.items())
         settings = {"default": argparse.SUPPRESS, "help": f"{meta['text']} [{default}]"}
         if field.type is bool:
-            settings["action"] = "store_true"
+            settings |= {"action": "store_true"}
         else:
-            settings["type"] = integer if field.type is int else field.type
-            settings["choices"] = meta["choices"]
-            settings["metavar"] = None if meta["choices"] else ""
+            settings |= {"type": integer if field.type is int else field.type,
+                         "choices": meta["choices"], "metavar": None if meta["choices"] else ""}
         group.add_argument(f"--{field.name}", **settings)
     return vars(parser.parse_args(argv))
 
 
 # ---- Numerics and distributions -------------------------------------------------------------
-
 def symlog(x: Tensor) -> Tensor:
     """sign(x) ln(1 + |x|): compresses rewards and returns of any size."""
     return x.sign() * x.abs().log1p()
@@ -283,14 +253,11 @@ class OneHot:
         return -(self.logits * self.probs).sum(-1)
 
 
-def normal_entropy(std: float) -> float:
-    return 0.5 + 0.5 * math.log(2 * math.pi) + math.log(std)
-
-
 class BoundedNormal(torch.distributions.Normal):
     """Normal(tanh(mean), std) per dimension, [..., A], std in 0.03..1; samples are not clipped."""
 
-    entropy_range = (normal_entropy(0.03), normal_entropy(1.0))
+    most = 0.5 * math.log(2 * math.pi * math.e)  # of std 1
+    entropy_range = (most + math.log(0.03), most)
 
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__(mean.tanh(), 0.97 * std.sigmoid() + 0.03, validate_args=False)
@@ -324,9 +291,8 @@ def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
 class AutoAdapt(nn.Module):
     """Weights a regularizer so that its mean stays near `target`.
 
-    There is a scale for each element of `shape`. It starts at 1, is multiplied or divided by 1.1 in
-    each call whose mean is more than 10% off, and stays within [low, high]. `inverse` is for an
-    entropy, which shall not fall below the target: the scale grows there, and the sign is changed.
+    The scale, one for each element of `shape`, starts at 1 and changes by 10%, within [low, high],
+    in each call whose mean is 10% off. `inverse`, for an entropy: it grows below the target.
     """
 
     def __init__(self, shape: tuple, target: float, low: float, high: float, inverse=False):
@@ -336,8 +302,7 @@ class AutoAdapt(nn.Module):
 
     def forward(self, reg: Tensor) -> Tensor:
         """Update the scale from `reg` [..., *shape], then return the weighted regularizer."""
-        batch_dims = reg.ndim - self.scale.ndim
-        mean = reg.detach().flatten(0, batch_dims - 1).mean(0)
+        mean = reg.detach().flatten(0, reg.ndim - self.scale.ndim - 1).mean(0)
         mean = all_reduce_mean([mean])[0]
         above = mean > 1.1 * self.target
         below = mean < self.target / 1.1
@@ -363,9 +328,8 @@ class Normalizer(nn.Module):
         """Normalize x [..., *shape], with `update` after including it in the statistics."""
         if update:
             samples = x.detach().double().reshape(-1, *self.moments.shape[1:])
-            moments = torch.stack([samples.mean(0), (samples**2).mean(0)])
-            moments = all_reduce_mean([moments])[0]
-            self.moments.lerp_(moments, 1 - self.decay)
+            moments = [torch.stack([samples.mean(0), (samples**2).mean(0)])]
+            self.moments.lerp_(all_reduce_mean(moments)[0], 1 - self.decay)
             self.count += 1
         correction = (1 - self.decay**self.count).clamp(min=1e-9)  # not 0 before the first update
         mean, square = self.moments / correction
@@ -385,12 +349,9 @@ def glorot(layer: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 class Norm(nn.LayerNorm):
-    """Layer norm over the features of [..., C], or over the channels of images [N, C, h, w].
+    """Layer norm over the features of [..., C], or over the channels of images [N, C, h, w]."""
 
-    It computes in float32: in bfloat16, PyTorch accumulates its gradients too inaccurately.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # float32, as bfloat16 sums its gradients inaccurately
         if x.ndim == 4:
             return super().forward(x.movedim(1, -1).float()).to(x.dtype).movedim(-1, 1)
         return super().forward(x.float()).to(x.dtype)
@@ -409,10 +370,7 @@ def hidden_layers(inputs: int, config: Config) -> nn.Sequential:
 
 
 class MLP(nn.Module):
-    """Hidden layers, then a linear layer that is always float32: [..., inputs] -> [..., *outputs].
-
-    Returns and values do not fit into the 8 significant bits of bfloat16.
-    """
+    """Hidden layers and a linear one, which is always float32: [..., inputs] -> [..., *outputs]."""
 
     def __init__(self, inputs: int, outputs: tuple, config: Config):
         super().__init__()
@@ -422,7 +380,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.hidden(x).float()
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # 8 bits are too few for values
             return self.out(hidden).reshape(*x.shape[:-1], *self.outputs)
 
 
@@ -512,19 +470,13 @@ class RSSM(nn.Module):
         self.size = math.prod(self.groups)  # of stoch
         self.initial_deter = nn.Parameter(torch.zeros(deter))
         self.inputs = nn.Sequential(*dense(self.size + action, hidden))
-        linear, norm, _ = dense(deter + hidden, 3 * deter)  # the gates have activations of their own
-        self.gru = nn.Sequential(linear, norm)
-        self.prior_net = self.logit_net(deter, config)
-        self.post_net = self.logit_net(deter + embed, config)
-
-    def logit_net(self, inputs: int, config: Config) -> nn.Sequential:
-        """[..., inputs] -> [..., SC]."""
-        out = glorot(nn.Linear(config.hidden, self.size))
-        return nn.Sequential(*dense(inputs, config.hidden), out)
+        self.gru = nn.Sequential(*dense(deter + hidden, 3 * deter)[:2])  # without activation
+        self.prior_net = nn.Sequential(*dense(deter, hidden), glorot(nn.Linear(hidden, self.size)))
+        self.post_net = nn.Sequential(
+            *dense(deter + embed, hidden), glorot(nn.Linear(hidden, self.size)))
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
-        """Logits [..., S, C] without the observation. Only models with levels inside stoch use it.
-        """
+        """Logits [..., S, C] without the observation; stoch is for models with levels in it."""
         return self.prior_net(deter).float().unflatten(-1, self.groups)
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
@@ -570,7 +522,6 @@ class RSSM(nn.Module):
 
 
 # ---- Hierarchical returns -------------------------------------------------------------------
-
 def max_cosine(goal: Tensor, feat: Tensor) -> Tensor:
     """Goal reward, [..., D], [..., D] -> [...] (paper, eq. 8).
 
@@ -594,10 +545,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -
 
 
 def trajectory_weights(cont: Tensor, discount: float) -> Tensor:
-    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...].
-
-    The first weight is cont[0]: 0 where the trajectory starts from a terminal state.
-    """
+    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...]; cont[0] at first."""
     return (discount * cont).cumprod(0) / discount
 
 
@@ -643,7 +591,6 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 
 
 # ---- World model, goal autoencoder, actor-critic --------------------------------------------
-
 def autocast(config: Config) -> torch.autocast:
     """Mixed precision for forward passes; a context must not span an optimizer's step."""
     return torch.autocast(config.device, torch.bfloat16, config.precision == "bfloat16")
@@ -654,10 +601,8 @@ class Optimizer(torch.optim.AdamW):
 
     def __init__(self, module: nn.Module, config: Config):
         self.params = list(module.parameters())
-        matrices = [p for p in self.params if p.ndim > 1]
-        vectors = [p for p in self.params if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 1e-2},
-                  {"params": vectors, "weight_decay": 0.0}]
+        groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": 1e-2},
+                  {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
         super().__init__(groups, lr=config.learning_rate, eps=1e-6, fused=True)
 
     def minimize(self, loss: Tensor) -> Tensor:
@@ -722,8 +667,7 @@ class WorldModel(nn.Module):
         losses["kl"], metrics = self.kl_loss(states)
         losses["model"] = sum(losses.values())
         states["error"] = losses["model"]
-        for key, value in losses.items():
-            metrics[f"{key}_loss"] = value.mean()
+        metrics |= {f"{key}_loss": value.mean() for key, value in losses.items()}
         return metrics["model_loss"], states, metrics
 
 
@@ -745,8 +689,7 @@ class GoalAutoencoder(nn.Module):
     def loss(self, deter: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, dict]:
         """Paper, eq. 4, on states [N, D] with weights [N]: loss, metrics."""
         code = self.encode(deter)
-        decoded = self.decode(code.rsample().flatten(-2))
-        rec = ((decoded - deter) ** 2).sum(-1) * weight
+        rec = ((self.decode(code.rsample().flatten(-2)) - deter) ** 2).sum(-1) * weight
         kl = (math.log(self.groups[1]) - code.entropy()).sum(-1) * weight  # to a uniform prior
         loss = (rec + self.kl_adapt(kl)).mean()
         return loss, {"goal_loss": loss, "goal_rec": rec.mean(), "goal_kl": kl.mean(),
@@ -821,18 +764,17 @@ class ActorCritic(nn.Module):
                 pred = critic(feat[:-1].detach())  # [H, N], in symlog space
             loss = ((pred - symlog(ret.detach())) ** 2 * weight).mean()
             norm = self.optimizers[f"{name}_critic"].minimize(loss)
+            metrics |= {f"{name}_critic_loss": loss, f"{name}_critic_grad_norm": norm,
+                        f"{name}_reward": traj[f"reward_{name}"].mean(),
+                        f"{name}_return": ret.mean(), f"{name}_value": symexp(pred).mean()}
             if copy_slow:  # the official program, too, copies before it scores the actor
                 self.slow[name].load_state_dict(critic.state_dict())
                 with autocast(self.config):
-                    ret_score, value = self.returns(name, feat, traj)
-            else:
-                ret_score = ret
-            advantage = self.returnnorm[name](ret_score) - self.returnnorm[name](value, update=False)
+                    ret, value = self.returns(name, feat, traj)
+            normalize = self.returnnorm[name]
+            advantage = normalize(ret) - normalize(value, update=False)  # [H, N]
+            metrics[f"{name}_score"] = advantage.mean()
             score = score + self.rewards[name] * advantage
-            metrics |= {f"{name}_critic_loss": loss, f"{name}_critic_grad_norm": norm,
-                        f"{name}_reward": traj[f"reward_{name}"].mean(),
-                        f"{name}_return": ret.mean(), f"{name}_value": symexp(pred).mean(),
-                        f"{name}_score": advantage.mean()}
         return self.advnorm(score), metrics
 
     def train_actor(self, traj: dict, weight: Tensor, score: Tensor) -> dict[str, Tensor]:
@@ -855,13 +797,11 @@ class ActorCritic(nn.Module):
 
 
 # ---- The agent ------------------------------------------------------------------------------
-
 class Director(nn.Module):
     """World model, goal autoencoder, manager and worker.
 
     With `--agent dreamer`, the paper's flat baseline, a worker alone learns from the task reward.
-    A variant (`variants/`) is a subclass; `compatible_variants` names others whose checkpoints it
-    loads.
+    A variant is a subclass; `compatible_variants` names others whose checkpoints it loads.
     """
 
     Config, WorldModel, Goals = Config, WorldModel, GoalAutoencoder  # Replay, Run: see below
@@ -882,8 +822,7 @@ class Director(nn.Module):
             self.sizes = {"deter": config.deter, "stoch": self.world_model.rssm.size,
                           "action": action[0]}
             self.build(action)
-        self.players = {name: child for name, child in self.named_children()
-                        if isinstance(child, ActorCritic)}
+        self.players = {k: x for k, x in self.named_children() if isinstance(x, ActorCritic)}
         for name, player in self.players.items():
             for key, optimizer in player.optimizers.items():
                 self.optimizers[f"{name}/{key}"] = optimizer
@@ -965,8 +904,7 @@ class Director(nn.Module):
         Actions are one-hot, or continuous and not clipped. mode: "train" or "eval".
         """
         model = self.world_model
-        if "is_first" not in obs:
-            obs = {**obs, "is_first": np.zeros(len(obs[model.encoder.keys[0]]), bool)}
+        obs = {"is_first": np.zeros(len(obs[model.encoder.keys[0]]), bool), **obs}
         if state is None:
             obs = {**obs, "is_first": np.ones_like(obs["is_first"])}
             state = {key: torch.zeros(len(obs["is_first"]), size, device=self.config.device)
@@ -974,9 +912,9 @@ class Director(nn.Module):
             state["count"] = 0
         observed = self.tensors({key: obs[key] for key in ("is_first", *model.encoder.keys)})
         with autocast(self.config):
+            last = (state[key] for key in ("deter", "stoch", "action"))
             deter, stoch, _ = model.rssm.obs_step(
-                state["deter"], state["stoch"], state["action"], model.encoder(observed),
-                observed["is_first"])
+                *last, model.encoder(observed), observed["is_first"])
             state = self.act({**state, "deter": deter, "stoch": stoch}, obs["is_first"], mode)
         return state["action"], state
 
@@ -1068,10 +1006,10 @@ class Director(nn.Module):
         return {"worker": split_trajectory(traj, k), "manager": abstract_trajectory(detached, k)}
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Further learning and metrics from the trajectory, after the players' updates.
+        """Whatever else learns from the trajectory, after the players; returns metrics.
 
-        Here two metrics: the goal reward at the last step of goals, and what it would be if goals
-        were exchanged between trajectories, which is lower if the worker pursues its goals.
+        Here two: the goal reward at the last step of a goal, and the same if goals are exchanged
+        between trajectories, which is lower if the worker pursues its goals.
         """
         if "reward_goal" not in traj:
             return {}
@@ -1089,10 +1027,8 @@ class Director(nn.Module):
 
 
 # ---- Replay ---------------------------------------------------------------------------------
-
 class Replay:
-    """Episodes in memory as they were observed, 12 KB a step with pixels; the oldest leave first.
-    """
+    """Episodes in memory as observed, 12 KB a step with pixels; the oldest leave first."""
 
     def __init__(self, capacity: int, seed: int = 0):
         self.capacity = capacity
@@ -1139,11 +1075,8 @@ class Replay:
                 piece["is_first"][0] = True
                 pieces.append(piece)
                 missing -= stop - start
-        chunks = {}
-        for key in pieces[0]:
-            rows = np.concatenate([piece[key] for piece in pieces])  # [B*T, ...]
-            chunks[key] = rows.reshape(batch_size, length, *rows.shape[1:])
-        return chunks
+        rows = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+        return {key: x.reshape(batch_size, length, *x.shape[1:]) for key, x in rows.items()}
 
     def save(self, folder: pathlib.Path) -> dict[int, int]:
         """Write the episodes that are new or longer than on disk; returns the lengths of all."""
@@ -1174,46 +1107,6 @@ class Replay:
 # ---- Environments ---------------------------------------------------------------------------
 # All are gymnasium.Env with a Dict observation: "image" [64, 64, 3] uint8, "state" [n] float32.
 
-IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
-
-
-def image_and_state(env: gymnasium.Env, task: str, wanted: str) -> gymnasium.Env:
-    """Observations as a Dict of the "image", if there is one, and of all else as one "state".
-
-    An image is a uint8 array with one channel or three. wanted: auto, pixels, state or both.
-    """
-    space = env.observation_space
-    single = not isinstance(space, spaces.Dict)
-    parts = {"": space} if single else space.spaces
-    images = [key for key, x in parts.items() if x.dtype == np.uint8 and len(x.shape) > 1
-              and x.shape[2:] in ((), (1,), (3,))]
-    rest = spaces.Dict({key: x for key, x in parts.items() if key not in images})
-    too_deep = any(len(x.shape or ()) > 2 for x in rest.values())
-    if len(images) > 1 or not rest.is_np_flattenable or too_deep:
-        raise UserError(f"--task {task}: observes {space}, which is neither an image nor a vector, "
-                        "nor a Dict of one image and vectors")
-    available = ["image"] * len(images) + ["state"] * bool(rest)
-    choices = {"auto": available, "pixels": ["image"], "state": ["state"]}
-    keys = choices.get(wanted, ["image", "state"])
-    if not set(keys) <= set(available):
-        raise UserError(
-            f"--obs {wanted}: {task} offers {' and '.join(available) or 'nothing'} only")
-
-    def convert(obs) -> dict[str, np.ndarray]:
-        obs = {"": obs} if single else obs
-        out = {}
-        if "state" in keys:
-            out["state"] = np.float32(spaces.flatten(rest, obs))
-        if "image" in keys:
-            image = Image.fromarray(obs[images[0]].squeeze()).convert("RGB")
-            out["image"] = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
-        return out
-
-    vector = spaces.Box(-np.inf, np.inf, (spaces.flatdim(rest),))
-    converted = spaces.Dict({key: IMAGE if key == "image" else vector for key in keys})
-    return gymnasium.wrappers.TransformObservation(env, convert, converted)
-
-
 def make_env(task: str, config: Config) -> gymnasium.Env:
     """One environment, continuous actions scaled to [-1, 1]; UserError if there cannot be one."""
     suite, _, name = task.partition("_")
@@ -1226,15 +1119,16 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
             env = DMControl(name, wanted, config.render_quality)
         elif suite == "pinpad":
             from envs import pin_pad  # noqa: F401, it registers its environments
-            env = gymnasium.make(f"PinPad{name.capitalize()}-v0", observe="image" if wanted == "pixels" else wanted)
+            observe = {"pixels": "image"}.get(wanted, wanted)
+            env = gymnasium.make(f"PinPad{name.capitalize()}-v0", observe=observe)
         else:
             module, _, name = task.removeprefix("gym_").rpartition(":")
             importlib.import_module(module or "gymnasium")
             env = gymnasium.make(name, disable_env_checker=True)
+        env = image_and_state(env, wanted)
     except (gymnasium.error.Error, ImportError) as error:  # or its simulator is not installed
         raise UserError(f"--task {task}: {' '.join(str(error).split())} (Tasks: dmc_<domain>_"
                         "<task>, pinpad_<three..eight>, gym_[<module>:]<id>.)") from error
-    env = image_and_state(env, task, wanted)
     space = env.action_space
     if isinstance(space, spaces.Discrete) and space.n > 1:
         return env
@@ -1244,90 +1138,13 @@ def make_env(task: str, config: Config) -> gymnasium.Env:
     raise UserError(f"--task {task}: acts in {space}, neither Discrete nor a bounded Box of floats")
 
 
-SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-
-
-@contextlib.contextmanager
 def vector_envs(config: Config, amount: int):
-    """Environments side by side, in this process or in a process each.
-
-    Autoreset is NEXT_STEP: the last observation of an episode comes with its reward and flags;
-    the step after that ignores its action and brings the first observation of the next one.
-    """
-    make = [functools.partial(make_env, config.task, config)] * amount
-    slow = sys.platform != "win32" and (config.task.startswith("dmc_") or ":" in config.task)
-    vector_class = SyncVectorEnv
-    others = set(multiprocessing.active_children())
-    if config.processes == "yes" or (config.processes == "auto" and slow):
-        # A fork server, since this process has threads and may have opened a GPU. It inherits
-        # ignored signals, so that a signal to the whole group is handled by this process alone.
-        vector_class = functools.partial(AsyncVectorEnv, context="forkserver")
-        multiprocessing.set_forkserver_preload(["__main__", "director"])
-        with contextlib.suppress(ValueError):  # only the main thread can set handlers
-            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-            multiprocessing.forkserver.ensure_running()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    envs = None
-    try:
-        envs = vector_class(make, autoreset_mode=AutoresetMode.NEXT_STEP)
-        yield envs
-    finally:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # it may hang
-            process.join()
-        if envs:
-            envs.closed = isinstance(envs, AsyncVectorEnv)  # as their processes have ended
-            envs.close()
-
-
-class Driver:
-    """Steps a vector environment, and shapes its data for the replay and for the policy.
-
-    `rows`, arrays [E, ...]: the observation; the action **that led to it**, one-hot or unclipped,
-    zeros on a first step; reward, is_first, is_last, is_terminal. `score` and `length` [E] are
-    those of the episode so far. `film` holds (image, goal) of the first environment's episode.
-    """
-
-    def __init__(self, envs: gymnasium.vector.VectorEnv, seed: int):
-        self.envs = envs
-        self.space = envs.single_action_space
-        self.discrete = isinstance(self.space, spaces.Discrete)
-        self.actions = int(self.space.n) if self.discrete else self.space.shape[0]
-        self.score = self.length = 0
-        self.film = []
-        envs.action_space.seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        amount = envs.num_envs
-        no = np.zeros(amount, bool)
-        self.update(obs, np.zeros((amount, self.actions)), np.zeros(amount), ~no, no, no)
-
-    def random_action(self) -> np.ndarray:
-        """Uniformly random actions [E, A]."""
-        action = self.envs.action_space.sample()
-        return np.eye(self.actions)[action - self.space.start] if self.discrete else action
-
-    def step(self, action: np.ndarray, state: dict | None = None):
-        """Act, [E, A], in the policy's state; where an episode has ended, the next one begins."""
-        if self.rows["is_first"][0]:
-            self.film = []
-        if "image" in self.rows and state and len(self.film) < 10_000:
-            goal = state["goal"][0] if "goal" in state else None
-            self.film.append((self.rows["image"][0], goal))
-        is_first = self.rows["is_last"]
-        action = np.where(is_first[:, None], 0, action)
-        command = action.argmax(-1) + self.space.start if self.discrete else action.clip(-1, 1)
-        obs, reward, terminated, truncated, _ = self.envs.step(command.astype(self.space.dtype))
-        self.update(obs, action, reward, is_first, terminated | truncated, terminated)
-
-    def update(self, obs, action, reward, is_first, is_last, is_terminal):
-        self.rows = {**obs, "action": np.float32(action), "reward": np.float32(reward),
-                     "is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
-        for key, value in self.rows.items():
-            if not np.isfinite(value).all():
-                raise FloatingPointError(f"{key} is not finite: {value}")
-        self.score = np.where(is_first, 0, self.score + reward)
-        self.length = np.where(is_first, 0, self.length + 1)
+    """Environments side by side, in a process each where --processes says so: a context manager."""
+    processes = config.processes == "yes"
+    if config.processes == "auto" and sys.platform != "win32":  # for those that are slow
+        processes = config.task.startswith("dmc_") or ":" in config.task
+    make = functools.partial(make_env, config.task, config)
+    return side_by_side(make, amount, processes)
 
 
 # ---- A run ----------------------------------------------------------------------------------
@@ -1400,9 +1217,8 @@ def refuse_other_spaces(agent: "Director", obs_space: spaces.Dict, act_space: sp
     """UserError if a loaded agent was trained with other observations or actions."""
     actions = (type(act_space), spaces.flatdim(act_space))
     if (obs_space, actions) != (agent.obs_space, (type(agent.act_space), agent.sizes["action"])):
-        raise UserError(
-            f"--logdir {agent.config.logdir}: holds a run in {agent.obs_space}, {agent.act_space}, "
-            f"not {obs_space}, {act_space}; use another --logdir")
+        raise UserError(f"--logdir {agent.config.logdir}: holds a run in {agent.obs_space}, "
+                        f"{agent.act_space}, not {obs_space}, {act_space}; use another --logdir")
 
 
 def build_agent(state: dict, logdir, agent: type, flags: dict) -> "Director":
@@ -1411,17 +1227,14 @@ def build_agent(state: dict, logdir, agent: type, flags: dict) -> "Director":
     config = agent.Config(
         **{**old, "device": "auto", "precision": "auto", **flags, "logdir": str(logdir)})
     sizes, action = state["spaces"]
-    vectors = {key: spaces.Box(-np.inf, np.inf, (size,)) for key, size in sizes.items()}
-    obs_space = spaces.Dict({key: IMAGE if key == "image" else x for key, x in vectors.items()})
+    obs_space = spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
+                             for key, size in sizes.items()})
     act_space = spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action)
     return agent(obs_space, act_space, config)
 
 
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
-    """The agent that was trained in a folder, with its settings except these flags.
-
-    Raises UserError if the folder holds no such agent.
-    """
+    """The agent trained in a folder, with its settings except these flags; raises UserError."""
     path = pathlib.Path(logdir) / "checkpoint.pt"
     try:
         state = read_checkpoint(path)
@@ -1486,8 +1299,7 @@ class Run:
             settings = json.dumps(dataclasses.asdict(self.config), indent=2)
             write_file(self.logdir / "config.json", io.BytesIO(settings.encode()))
             self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
-        self.bar = tqdm.tqdm(
-            total=self.config.steps, initial=self.step, unit="step", disable=None)
+        self.bar = tqdm.tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None)
         with contextlib.suppress(ValueError):  # only the main thread can handle signals
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as HUP is under nohup
@@ -1527,10 +1339,10 @@ class Run:
         return self.step < self.config.steps and not self.received_signals
 
     def reseed(self, *more: int) -> int:
-        """Seed all random draws by seed and step; returns a seed for environments.
+        """Seed all draws by seed and step; returns a seed for environments.
 
-        This happens at the start and after each save, so that a run that resumes from a checkpoint
-        draws what it would have drawn without stopping.
+        It is done at the start and after each save, so that a resumed run draws what it would have
+        drawn without stopping.
         """
         seeds = np.random.SeedSequence([self.config.seed, self.step, *more]).generate_state(3)
         torch.manual_seed(int(seeds[0]))
@@ -1548,10 +1360,10 @@ class Run:
         before = self.replay.lengths_on_disk
         state = {
             "format": 3, "variant": self.variant, "config": dataclasses.asdict(self.config),
-            "spaces": (sizes, action), "step": self.step,
-            "seconds": time.time() - self.start_time, "agent": agent.state_dict(),
-            "grad_steps": agent.grad_steps,
+            "spaces": (sizes, action), "agent": agent.state_dict(),
             "optimizers": {key: x.state_dict() for key, x in agent.optimizers.items()},
+            "grad_steps": agent.grad_steps, "step": self.step,
+            "seconds": time.time() - self.start_time,
             "episodes": self.replay.save(self.replay_dir)}
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -1597,15 +1409,14 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Means since the last report; FloatingPointError if one is not finite."""
         keys = list(self.metrics[0]) if self.metrics else []
-        means = [torch.stack([metrics[key] for metrics in self.metrics]).mean() for key in keys]
-        means = [mean.item() for mean in all_reduce_mean(means)]
-        for key, value in zip(keys, means, strict=True):
+        means = [torch.stack([step[key] for step in self.metrics]).mean() for key in keys]
+        means = dict(zip(keys, [x.item() for x in all_reduce_mean(means)], strict=True))
+        for key, value in means.items():
             if not math.isfinite(value):
                 self.update_complete = False
-                raise FloatingPointError(
-                    f"{key} is {value} since step {self.last_report}; nothing is saved after the "
-                    f"checkpoint of step {self.last_save}")
-        return dict(zip(keys, means, strict=True))
+                raise FloatingPointError(f"{key} is {value} since step {self.last_report}; nothing "
+                                         f"is saved after the checkpoint of step {self.last_save}")
+        return means
 
     def report(self):
         """Log the mean metrics of the gradient steps since the last report."""
@@ -1621,8 +1432,7 @@ class Run:
 
     def log(self, metrics: dict[str, float]):
         """Append to metrics.jsonl, and to TensorBoard's events under the same names."""
-        seconds = round(time.time() - self.start_time, 1)
-        line = {"step": self.step, "seconds": seconds, **metrics}
+        line = {"step": self.step, "seconds": round(time.time() - self.start_time, 1), **metrics}
         with os_errors_as_user_errors(self.logdir):
             with open(self.logdir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -1634,11 +1444,11 @@ class Run:
             print(text, flush=True) if self.bar.disable else self.bar.write(text)
 
     def draw(self, film: list[tuple]):
-        """Pictures of an episode and of replay, which leave the random numbers of training alone."""
+        """Write pictures of an episode and of replay; random draws of training stay the same."""
         rng = copy.deepcopy(self.replay.rng)
         with torch.random.fork_rng():
-            path = self.logdir / f"pictures/{self.step}"
-            draw_pictures(self.agent, film, self.replay.sample(6, 64), path, self.writer)
+            draw_pictures(self.agent, film, self.replay.sample(6, 64),
+                          self.logdir / f"pictures/{self.step}", self.writer)
         self.replay.rng = rng
         self.last_video = self.step
 
@@ -1651,13 +1461,12 @@ def draw_pictures(agent: Director, film: list[tuple], batch: dict, path: pathlib
     """Moving pictures, to <path>-<name>.gif and to TensorBoard.
 
     episode: a film of (image, goal), side by side. openloop: replayed chunks, the prediction from
-    five frames and the actions, the difference. worker: the manager's goals above the imagined
-    frames in which the worker pursues them.
+    five frames and the actions, the difference.
     """
-    model, batch = agent.world_model, agent.tensors(batch)
+    model = agent.world_model
+    batch = agent.tensors(batch)
     states = model.observe({key: value[:, :5] for key, value in batch.items()})
-    start = {key: states[key][:, -1] for key in ("deter", "stoch")}
-    deter, stoch = start["deter"], start["stoch"]
+    deter, stoch = states["deter"][:, -1], states["stoch"][:, -1]
     feats = []
     for action in batch["action"][:, 5:].unbind(1):
         deter, stoch = model.rssm.img_step(deter, stoch, action)
@@ -1672,9 +1481,6 @@ def draw_pictures(agent: Director, film: list[tuple], batch: dict, path: pathlib
         goals = torch.stack([goal for _, goal in film]).split(64)
         goals = torch.cat([agent.picture_goal(goal) for goal in goals]).cpu()
         pictures["episode"] = [torch.stack([images, goals])]
-        traj = agent.imagine({**start, "is_terminal": torch.zeros_like(deter[:, 0])})
-        frames = model.decoder(torch.cat([traj["deter"], traj["stoch"]], -1))["image"]
-        pictures["worker"] = [x.transpose(0, 1) for x in (agent.picture_goal(traj["goal"]), frames)]
     for name, rows in pictures.items():
         frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
         frames = (frames * 255).byte().cpu().numpy()  # [frames, height, width, 3]
@@ -1700,9 +1506,8 @@ def train(config: Config, agent: type = Director) -> int:
             state = None  # of the policy
             train_step = run.agent.train_step
             if config.device == "cuda" and agent is Director and not config.eager:
-                with contextlib.suppress(ModuleNotFoundError):  # director.py may be used alone
-                    from variants.graph import Graphed
-                    train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
+                from variants.graph import Graphed
+                train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
             if run.step:
                 run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"])
 
@@ -1720,8 +1525,8 @@ def train(config: Config, agent: type = Director) -> int:
                 # Report.
                 if run.times_due(config.log_every) or run.step >= config.steps:
                     run.report()
-                episode_ended = driver.rows["is_last"][0]
-                if run.step >= run.last_video + config.video_every and episode_ended and driver.film:
+                video_due = run.step >= run.last_video + config.video_every
+                if video_due and driver.film and driver.rows["is_last"][0]:
                     run.draw(driver.film)
 
                 # Save.
@@ -1741,18 +1546,17 @@ def train(config: Config, agent: type = Director) -> int:
 
 
 def evaluate(config: Config, agent: type = Director, flags: dict | None = None) -> list[float]:
-    """Play `config.eval` episodes with the agent of the run's folder; writes and returns scores.
-
-    flags: the settings that replace those of the run; default: all of `config`.
-    """
+    """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores."""
     logdir = run_folder(config, agent)
-    player = load(logdir, agent, **(dataclasses.asdict(config) if flags is None else flags))
+    flags = dataclasses.asdict(config) if flags is None else flags  # instead of the run's own
+    player = load(logdir, agent, **flags)
     with vector_envs(player.config, 1) as envs:
         refuse_other_spaces(player, envs.single_observation_space, envs.single_action_space)
         torch.manual_seed(player.config.seed)
         driver = Driver(envs, player.config.seed)
         replay = agent.Replay(10_000)
-        scores, state = [], None
+        scores = []
+        state = None
         while len(scores) < config.eval:
             action, state = player.policy(driver.rows, state, mode="eval")
             replay.add(driver.rows)
@@ -1761,8 +1565,7 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
                 scores.append(float(driver.score[0]))
                 with os_errors_as_user_errors("the standard output"):
                     print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
-                          f"{np.mean(scores):.1f}, standard deviation {np.std(scores):.1f}",
-                          flush=True)
+                          f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
                 if driver.film and len(scores) == 1:
                     draw_pictures(player, driver.film, replay.sample(6, 64),
                                   logdir / "pictures/eval")
@@ -1771,24 +1574,16 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
     return scores
 
 
-def keep_freed_memory():
-    """Let glibc reuse large buffers instead of returning them to the kernel after each step.
-
-    Size xs at 16x64 in float32 on two cores: 1.51 -> 1.09 s per train step.
-    """
-    max_mmaps, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
-        libc = ctypes.CDLL(None)
-        libc.mallopt(max_mmaps, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def main(argv: list[str] | None = None, agent: type = Director) -> int:
     """The command line; returns the exit code, which is 2 for a user's mistake."""
     try:
         flags = parse_args(argv, agent.Config)
         config = agent.Config(**flags)
-        keep_freed_memory()
+        # glibc shall reuse large buffers instead of returning them to the kernel after each step:
+        # M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2^31 (xs at 16x64: 1.51 -> 1.09 s per train step).
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
+            ctypes.CDLL(None).mallopt(-4, 0)
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
         if not config.eval:
             return train(config, agent)
         evaluate(config, agent, flags)
