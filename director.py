@@ -771,8 +771,7 @@ class ActorCritic(nn.Module):
                 self.slow[name].load_state_dict(critic.state_dict())
                 with autocast(self.config):
                     ret, value = self.returns(name, feat, traj)
-            normalize = self.returnnorm[name]
-            advantage = normalize(ret) - normalize(value, update=False)  # [H, N]
+            advantage = self.returnnorm[name](ret) - self.returnnorm[name](value, update=False)
             metrics[f"{name}_score"] = advantage.mean()
             score = score + self.rewards[name] * advantage
         return self.advnorm(score), metrics
@@ -1266,7 +1265,7 @@ class Run:
         self.handlers = {}  # of signals, before this run
         self.lock_folder()
         if self.checkpoint.exists():
-            self.agent = load(self.logdir, agent, **dataclasses.asdict(config))
+            self.agent = load(self.checkpoint.parent, agent, **dataclasses.asdict(config))
             refuse_other_spaces(self.agent, obs_space, act_space)
         else:
             self.agent = agent(obs_space, act_space, config)
@@ -1485,7 +1484,7 @@ def draw_pictures(agent: Director, film: list[tuple], batch: dict, path: pathlib
         frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
         frames = (frames * 255).byte().cpu().numpy()  # [frames, height, width, 3]
         buffer = io.BytesIO()
-        imageio.mimwrite(buffer, frames, format="gif", duration=50, loop=0)
+        imageio.mimwrite(buffer, frames, "GIF-PIL", duration=0.05, quantizer=2)  # fast octree
         write_file(path.with_name(f"{path.name}-{name}.gif"), buffer)
         if writer:
             strip = np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1)
@@ -1510,7 +1509,9 @@ def train(config: Config, agent: type = Director) -> int:
                 train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
             if run.step:
                 run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"])
-
+            begin = max(config.prefill, config.random)
+            if run.step < begin:
+                run.say(f"Training from step {config.prefill}, random actions until step {begin}.")
             while run.should_continue():
                 run.record(driver)  # what the last actions led to
 
@@ -1534,7 +1535,7 @@ def train(config: Config, agent: type = Director) -> int:
                     run.save()
 
                 # Act.
-                if run.step < max(config.prefill, config.random):
+                if run.step < begin:
                     action = driver.random_action()
                 else:
                     action, state = run.agent.policy(driver.rows, state)
@@ -1579,8 +1580,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     try:
         flags = parse_args(argv, agent.Config)
         config = agent.Config(**flags)
-        # glibc shall reuse large buffers instead of returning them to the kernel after each step:
-        # M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2^31 (xs at 16x64: 1.51 -> 1.09 s per train step).
+        # glibc shall keep large buffers: M_MMAP_MAX, M_TRIM_THRESHOLD (xs 1.51 -> 1.09 s a step).
         with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
             ctypes.CDLL(None).mallopt(-4, 0)
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)

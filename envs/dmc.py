@@ -39,7 +39,7 @@ class DMControl(gymnasium.Env):
         tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         tasks["cup_catch"] = ("ball_in_cup", "catch")
         if name not in tasks:
-            raise ImportError(f"{name} is none of {', '.join(sorted(tasks))}")
+            raise ImportError(f"is none of {', '.join(f'dmc_{x}' for x in sorted(tasks))}")
         self.env = suite.load(*tasks[name])
         self.camera = 2 if name.startswith("quadruped") else 0
         if quality == "fast":

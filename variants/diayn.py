@@ -52,9 +52,10 @@ class Skills(nn.Module):
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.option("director", "a flat agent has no skills", "director", fixed=True)
-    skills: int = director.option(16, "how many there are", low=2, group="diayn", fixed=True)
-    skills_for: str = director.option("diversity", "task: a manager picks", "diversity", "task")
+    agent: str = director.flag("director", "a flat agent has no skills", ("director",), fixed=True)
+    skills: int = director.flag(16, "how many there are", low=2, group="diayn", fixed=True)
+    skills_for: str = director.flag("diversity", "task: a manager picks skills",
+                                   ("diversity", "task"))
 
 
 class Agent(director.Director):
@@ -64,11 +65,10 @@ class Agent(director.Director):
 
     def build(self, action: tuple):
         super().build(action)
-        self.manager = self.player(("deter", "stoch"), self.goals.groups, True, {"extr": 1.0},
-                                   discount=self.config.manager_discount)
+        self.manager = self.player(("deter", "stoch"), self.goals.groups, True, {"extr": 1.0})
 
-    def pick(self, state: dict[str, Tensor]) -> Tensor:
-        skill = super().pick(state)
+    def sample_skill(self, state: dict[str, Tensor]) -> Tensor:
+        skill = super().sample_skill(state)
         drawn = director.OneHot(torch.zeros_like(skill)).rsample()
         if self.config.skills_for == "task":
             return torch.where(state["uniform"], drawn, skill) if "uniform" in state else skill
@@ -83,8 +83,8 @@ class Agent(director.Director):
         log_q = (self.goals(traj["deter"][1:]) * traj["goal"][:-1]).sum(-1)
         return log_q + math.log(self.config.skills)
 
-    def views(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        views = super().views(traj)
+    def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        views = super().player_trajectories(traj)
         manager, half = views.pop("manager"), traj["cont"].shape[1] // 2
         if self.config.skills_for == "task":
             views["manager"] = {key: value[:, half:] for key, value in manager.items()}
@@ -102,7 +102,7 @@ class Agent(director.Director):
         alive = director.trajectory_weights(traj["cont"].detach(), 1.0)[1:, drawn]  # chances
         loss = -((log_q * skill).sum(-1) * alive).mean()
         right = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()  # by chance 1 / skills
-        norm = self.goals.optimizer.minimize(loss)
+        norm = self.optimizers["goals"].minimize(loss)
         return metrics | {"skill_loss": loss, "skill_right": right, "skill_grad_norm": norm}
 
     def picture_goal(self, goal: Tensor):

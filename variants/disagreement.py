@@ -58,11 +58,11 @@ class Ensemble(nn.Module):
 
 @dataclasses.dataclass
 class Config(director.Config):
-    members: int = director.option(5, "models in the ensemble", low=2, group="disagreement",
-                                   fixed=True)
-    disagreement_target: str = director.option("stoch", "what they predict", "stoch", "embed",
-                                               "deter", fixed=True)
-    worker_expl: float = director.option(0.1, "weight of it for the flat agent", low=0)
+    members: int = director.flag(5, "models in the ensemble", low=2, group="disagreement",
+                                 fixed=True)
+    disagreement_target: str = director.flag("stoch", "what they predict",
+                                             ("stoch", "embed", "deter"), fixed=True)
+    worker_expl: float = director.flag(0.1, "weight of it for the flat agent", low=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,7 +84,7 @@ class Agent(director.Director):
         sizes = {**self.sizes, "embed": self.world_model.encoder.size}
         self.ensemble = Ensemble(sum(sizes[key] for key in (*parts, "action")),
                                  sizes[config.disagreement_target], config)
-        director.Optimizer(self.ensemble, config)
+        self.optimizers["ensemble"] = director.Optimizer(self.ensemble, config)
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         metrics = super().train_goals(states)
@@ -95,8 +95,9 @@ class Agent(director.Director):
             mean, std = self.ensemble(torch.cat([known, states["action"][:, 1:]], -1))
         error = 0.5 * ((mean - target) / std) ** 2 + std.log()
         loss = (error.mean(-1, keepdim=True) * weight).mean((1, 2, 3)).sum()
-        return metrics | {"ensemble_loss": loss,
-                          "ensemble_grad_norm": self.ensemble.optimizer.minimize(loss)}
+        metrics["ensemble_loss"] = loss
+        metrics["ensemble_grad_norm"] = self.optimizers["ensemble"].minimize(loss)
+        return metrics
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
         parts = [traj[key][:-1] for key in ("deter", "stoch", "action")]

@@ -31,9 +31,9 @@ from variants import same_episode
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.option("dreamer", "there are no goals", "dreamer", fixed=True)
-    planning: int = director.option(5, "imagined steps for a replayed one", low=0, group="dyna_q")
-    epsilon: float = director.option(0.1, "share of random actions", low=0, high=0.999)
+    agent: str = director.flag("dreamer", "there are no goals", ("dreamer",), fixed=True)
+    planning: int = director.flag(5, "imagined steps for a replayed one", low=0, group="dyna_q")
+    epsilon: float = director.flag(0.1, "share of random actions", low=0, high=0.999)
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,7 +49,6 @@ class QNetwork(nn.Module):
         self.epsilon = config.epsilon
         self.q = director.MLP(feat, (actions,), config)
         self.slow = copy.deepcopy(self.q).requires_grad_(False)
-        director.Optimizer(self.q, config)
 
     def feat(self, state: dict[str, Tensor]) -> Tensor:
         """What it sees of a state, [..., F]."""
@@ -70,6 +69,7 @@ class Agent(director.Director):
         if not self.discrete:
             raise director.UserError(f"--task {self.config.task}: dyna_q needs discrete actions")
         self.worker = QNetwork(self.sizes["deter"] + self.sizes["stoch"], *action, self.config)
+        self.optimizers["q"] = director.Optimizer(self.worker.q, self.config)
 
     def learn(self, index: int, steps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the updates in a gradient step, this one, from transitions [..., F]; metrics."""
@@ -79,7 +79,7 @@ class Agent(director.Director):
             target = steps["reward"] + config.discount * steps["cont"] * best
             value = (network.q(steps["before"]) * steps["action"]).sum(-1)
         loss = ((value - director.symlog(target)) ** 2 * steps["weight"]).mean()
-        norm = network.q.optimizer.minimize(loss)
+        norm = self.optimizers["q"].minimize(loss)
         done = (self.grad_steps - 1) * (1 + config.planning) + index  # updates before this one
         if done % config.slow_every == 0:
             network.slow.load_state_dict(network.q.state_dict())
@@ -105,7 +105,7 @@ class Agent(director.Director):
                 "reward": director.symexp(model.reward_head(after)),
                 "cont": model.cont_head(after).sigmoid(), "weight": 1 - end.float()}
 
-    def views(self, traj: dict[str, Tensor]) -> dict:
+    def player_trajectories(self, traj: dict[str, Tensor]) -> dict:
         return {}  # nobody learns from whole trajectories
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:

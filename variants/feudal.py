@@ -54,8 +54,8 @@ class Directions(director.GoalAutoencoder):
 
 @dataclasses.dataclass
 class Config(director.Config):
-    feudal_reward: str = director.option("cosine", "of a step: FuN's mean cosine, or way along it",
-                                         "cosine", "dot", group="feudal")
+    feudal_reward: str = director.flag("cosine", "FuN's mean cosine, or dot: progress along the goal",
+                                       ("cosine", "dot"), group="feudal")
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +76,8 @@ class Agent(director.Director):
         with director.autocast(self.config):
             loss, metrics = self.goals.loss(
                 move.flatten(0, 1), same_episode(states["is_first"], k).flatten())
-        return metrics | {"goal_grad_norm": self.goals.optimizer.minimize(loss)}
+        metrics["goal_grad_norm"] = self.optimizers["goals"].minimize(loss)
+        return metrics
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
         deter, goal = traj["deter"], traj["goal"][:-1]

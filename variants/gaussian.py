@@ -47,7 +47,7 @@ class RSSM(director.RSSM):
         mean, std = params.unbind(-1)
         return mean + std * torch.randn_like(std), params
 
-    def guess(self, deter: Tensor, sample: bool = True) -> Tensor:
+    def predict_stoch(self, deter: Tensor, sample: bool = True) -> Tensor:
         mean, std = self.prior(deter).unbind(-1)
         return mean + std * torch.randn_like(std) if sample else mean
 

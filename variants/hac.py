@@ -35,11 +35,11 @@ import director
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.option("director", "a flat agent has no levels", "director", fixed=True)
-    horizon: int = director.option(32, "imagined steps, a multiple of what a top goal lasts")
-    top_duration: int = director.option(4, "how many of the middle's goals it lasts", group="hac")
-    hindsight: float = director.option(0.0, "share of relabelled trajectories", low=0, high=1)
-    middle_extr: float = director.option(0.0, "task reward for the middle", low=0, fixed=True)
+    agent: str = director.flag("director", "a flat agent has no levels", ("director",), fixed=True)
+    horizon: int = director.flag(32, "imagined steps, a multiple of what a top goal lasts")
+    top_duration: int = director.flag(4, "how many of the middle's goals it lasts", group="hac")
+    hindsight: float = director.flag(0.0, "share of relabelled trajectories", low=0, high=1)
+    middle_extr: float = director.flag(0.0, "task reward for the middle", low=0, fixed=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,13 +56,14 @@ class Agent(director.Director):
         super().build(action)
         config, parts = self.config, ("deter", "stoch")
         self.top_goals = self.Goals(config)
-        director.Optimizer(self.top_goals, config)
+        self.optimizers["top_goals"] = director.Optimizer(self.top_goals, config)
         self.sizes |= {"top_skill": self.sizes["skill"], "top_goal": self.sizes["goal"]}
-        rewards = {"reach": 1.0} | ({"extr": config.middle_extr} if config.middle_extr else {})
-        both = {"discrete": True, "discount": config.manager_discount}
-        self.manager = self.player((*parts, "top_goal"), self.goals.groups, rewards=rewards, **both)
+        rewards = {"reach": 1.0}
+        if config.middle_extr:
+            rewards["extr"] = config.middle_extr
+        self.manager = self.player((*parts, "top_goal"), self.goals.groups, True, rewards)
         rewards = {"extr": 1.0, "expl": config.manager_expl}
-        self.top = self.player(parts, self.top_goals.groups, rewards=rewards, **both)
+        self.top = self.player(parts, self.top_goals.groups, True, rewards)
 
     @torch.no_grad()
     def choose(self, state: dict[str, Tensor], count: np.ndarray) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ class Agent(director.Director):
         metrics = super().train_goals(states)
         with director.autocast(self.config):
             loss, more = self.top_goals.loss(states["deter"].flatten(0, 1))
-        more["goal_grad_norm"] = self.top_goals.optimizer.minimize(loss)
+        more["goal_grad_norm"] = self.optimizers["top_goals"].minimize(loss)
         return metrics | {f"top_{key}": value for key, value in more.items()}
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
@@ -90,8 +91,8 @@ class Agent(director.Director):
         reward = director.max_cosine(traj["top_goal"][:-k:k], traj["deter"][k::k])  # [H/K, N]
         return reward.repeat_interleave(k, 0)  # in each step, since the middle gets their mean
 
-    def views(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        lasts, views = self.config.top_duration, super().views(traj)
+    def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        lasts, views = self.config.top_duration, super().player_trajectories(traj)
         top = {key: value.detach() for key, value in {**traj, "skill": traj["top_skill"]}.items()}
         top = director.abstract_trajectory(top, self.config.goal_duration * lasts)
         middle = self.relabel(views["manager"], self.goals)

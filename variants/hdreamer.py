@@ -32,9 +32,14 @@ import director
 
 @dataclasses.dataclass
 class Config(director.Config):
-    bottom_stoch: int = director.option((32, 16, 16), "groups of the fine level", group="hdreamer",
-                                        fixed=True)
-    bottom_classes: int = director.option((32, 16, 16), "classes in each of these", fixed=True)
+    sizes = {
+        "paper": {**director.SIZES["paper"], "bottom_stoch": 32, "bottom_classes": 32},
+        "s": {**director.SIZES["s"], "bottom_stoch": 16, "bottom_classes": 16},
+        "xs": {**director.SIZES["xs"], "bottom_stoch": 16, "bottom_classes": 16}}
+
+    bottom_stoch: int = director.flag(None, "groups of the fine level", group="hdreamer",
+                                      fixed=True)
+    bottom_classes: int = director.flag(None, "classes in each of these groups", fixed=True)
 
 
 class RSSM(director.RSSM):
@@ -43,8 +48,10 @@ class RSSM(director.RSSM):
     def __init__(self, embed: int, action: int, config: Config):
         super().__init__(embed, action, config)
         self.levels = self.groups, (config.bottom_stoch, config.bottom_classes)
-        self.parts = coarse, fine = [stoch * classes for stoch, classes in self.levels]
-        deter, hidden, self.size = config.deter, config.hidden, coarse + fine
+        coarse, fine = (stoch * classes for stoch, classes in self.levels)
+        self.parts = [coarse, fine]
+        self.size = coarse + fine  # of stoch
+        deter, hidden = config.deter, config.hidden
         self.inputs = nn.Sequential(*director.dense(self.size + action, hidden))
         self.fine_net, self.correction = (
             nn.Sequential(*director.dense(size, hidden), director.glorot(nn.Linear(hidden, fine)))
@@ -68,7 +75,7 @@ class RSSM(director.RSSM):
         sample = director.OneHot(fine.unflatten(-1, self.levels[1])).rsample().flatten(-2)
         return torch.cat([coarse, sample], -1), torch.cat([logit.flatten(-2), fine], -1)
 
-    def guess(self, deter: Tensor, sample: bool = True) -> Tensor:
+    def predict_stoch(self, deter: Tensor, sample: bool = True) -> Tensor:
         seen = deter
         for net, groups in zip((self.prior_net, self.fine_net), self.levels, strict=True):
             dist = director.OneHot(net(seen).float().unflatten(-1, groups))
@@ -98,10 +105,11 @@ class WorldModel(director.WorldModel):
 class Agent(director.Director):
     """Director with coarse and fine latents."""
 
-    Config, WorldModel, loads = Config, WorldModel, ("director",)
+    Config, WorldModel = Config, WorldModel
+    compatible_variants = ("director",)
 
     def restore(self, state: dict):
-        if state["variant"] not in self.loads:
+        if state["variant"] not in self.compatible_variants:
             return super().restore(state)
         (coarse, fine), weights = self.world_model.rssm.parts, self.state_dict()
         for key, flat in state["agent"].items():

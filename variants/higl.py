@@ -65,11 +65,11 @@ class Codes(nn.Module):
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.option("director", "a flat agent has no goals", "director", fixed=True)
-    latent: int = director.option(4, "size of a goal", group="higl", fixed=True)
-    higl_loss: str = director.option("reconstruction", "how the encoder learns", "reconstruction",
-                                     "contrastive", fixed=True)
-    temperature: float = director.option(0.5, "of InfoNCE", low=1e-3)
+    agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
+    latent: int = director.flag(4, "size of a goal", group="higl", fixed=True)
+    higl_loss: str = director.flag("reconstruction", "how the encoder learns",
+                                   ("reconstruction", "contrastive"), fixed=True)
+    temperature: float = director.flag(0.5, "of InfoNCE", low=1e-3)
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,7 +94,7 @@ class Agent(director.Director):
         if self.config.higl_loss == "contrastive":
             loss, metrics = goals.info_nce(
                 codes[:, :-k].flatten(0, 1), codes[:, k:].flatten(0, 1), weight.flatten())
-        metrics["goal_grad_norm"] = goals.optimizer.minimize(loss)
+        metrics["goal_grad_norm"] = self.optimizers["goals"].minimize(loss)
         newest = torch.cat([codes.detach().flatten(0, 1), goals.memory])
         goals.memory.copy_(newest[: len(goals.memory)])
         return metrics

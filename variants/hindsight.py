@@ -64,12 +64,12 @@ class Worker(nn.Module):
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.option("director", "a flat agent has no goals", "director", fixed=True)
-    batch_length: int = director.option((64, 64, 32), "steps in a replay chunk", low=2)
-    worker_extr: float = director.option(0.0, "none: reaching goals pays", low=0, high=0)
-    her: int = director.option(4, "later states as goals", low=0, group="hindsight")
-    reached: float = director.option(0.95, "a goal is, above this max-cosine", low=0, high=1)
-    noise: float = director.option(0.2, "share of random actions, or deviation", low=0, high=0.999)
+    agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
+    batch_length: int = director.flag(None, "steps in a replay chunk", low=2)
+    worker_extr: float = director.flag(0.0, "none: reaching goals pays", low=0, high=0)
+    her: int = director.flag(4, "later states as goals", low=0, group="hindsight")
+    reached: float = director.flag(0.95, "a goal is, above this max-cosine", low=0, high=1)
+    noise: float = director.flag(0.2, "share of random actions, or std", low=0, high=0.999)
 
 
 class Agent(director.Director):
@@ -82,7 +82,7 @@ class Agent(director.Director):
         feat = sum(self.sizes[key] for key in Worker.keys)
         self.worker = Worker(feat, action[0], self.discrete, self.config)
         self.slow = copy.deepcopy(self.worker).requires_grad_(False)
-        director.Optimizer(self.worker, self.config)
+        self.optimizers["worker"] = director.Optimizer(self.worker, self.config)
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
         return (super().reward_goal(traj) > self.config.reached).float()
@@ -94,7 +94,7 @@ class Agent(director.Director):
             slow.load_state_dict(worker.state_dict())
         with director.autocast(config):
             now = {key: states[key][:, :-1].flatten(0, 1) for key in ("deter", "stoch")}
-            own = self.goals.decode(self.pick(now)).detach().view_as(deter[:, :-1])
+            own = self.goals.decode(self.sample_skill(now)).detach().view_as(deter[:, :-1])
             goal = torch.cat([own[None], later_states(deter, is_first, config.her)])
             state = torch.cat([deter, states["stoch"]], -1).expand(len(goal), -1, -1, -1)
             feat, after = (torch.cat([x, goal], -1).flatten(1, 2)  # [1 + her, B(T-1), F]
@@ -106,10 +106,12 @@ class Agent(director.Director):
             error = worker.value(feat, action) - reward - (1 - reward) * cont * future
             climb = 0 if self.discrete else slow.value(feat, worker.best(feat))  # for the actor
         loss = ((error**2 - climb) * same_episode(is_first, 1).flatten()).mean()
-        return metrics | {"worker_loss": loss, "worker_grad_norm": worker.optimizer.minimize(loss)}
+        metrics["worker_loss"] = loss
+        metrics["worker_grad_norm"] = self.optimizers["worker"].minimize(loss)
+        return metrics
 
-    def views(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {"manager": super().views(traj)["manager"]}
+    def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {"manager": super().player_trajectories(traj)["manager"]}
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
         return super().train_imagined({**traj, "reward_goal": self.reward_goal(traj)})

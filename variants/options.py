@@ -33,10 +33,10 @@ import director
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.option("director", "a flat agent has none", "director", fixed=True)
-    options: int = director.option(4, "how many there are", group="options", fixed=True)
-    option_entropy: float = director.option(1.0, "weight of the entropy of a pick", low=0)
-    option_cost: float = director.option(1.4, "what ending an option costs", low=0)
+    agent: str = director.flag("director", "a flat agent has none", ("director",), fixed=True)
+    options: int = director.flag(4, "how many there are", group="options", fixed=True)
+    option_entropy: float = director.flag(1.0, "weight of the entropy of a pick", low=0)
+    option_cost: float = director.flag(1.4, "what ending an option costs", low=0)
 
 
 class OptionCritic(director.ActorCritic):
@@ -46,8 +46,8 @@ class OptionCritic(director.ActorCritic):
         super().__init__(keys, feat, *args)
         count = self.config.options
         self.end, self.over = (director.MLP(feat - count, (count,), self.config) for _ in range(2))
-        for network in (self.end, self.over):
-            director.Optimizer(network, self.config)
+        self.optimizers["end"] = director.Optimizer(self.end, self.config)
+        self.optimizers["over"] = director.Optimizer(self.over, self.config)
         self.gapnorm = director.Normalizer("std", 0.99, 1e8)
 
     def pick(self, state: Tensor) -> director.OneHot:
@@ -69,14 +69,14 @@ class OptionCritic(director.ActorCritic):
         arrived = going_on + beta * (anew[1:] - going_on)  # U of states 1..H and the options before
         # Entropy is earned by picking, so it is a reward: sampled parts of a return have it, too.
         unit = self.config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
-        discount = self.discount * traj["cont"][1:]
+        discount = self.config.discount * traj["cont"][1:]
         reward = traj["reward_extr"] + discount * beta * unit * torch.special.entr(pick[1:]).sum(-1)
         value = torch.cat([active[:1], arrived])  # the first one is not used
         return director.lambda_return(reward, value, discount, self.config.lam), active
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         metrics, config, before = super().learn(traj, copy_slow), self.config, traj["option"][:-1]
-        weight = director.trajectory_weights(traj["cont"].detach(), self.discount)  # [H+1, N]
+        weight = director.trajectory_weights(traj["cont"].detach(), config.discount)  # [H+1, N]
         state = self.feat(traj)[..., : -config.options].detach()
         with director.autocast(config):
             pick, end = self.pick(state), (self.end(state[1:]).sigmoid() * before).sum(-1)
@@ -86,8 +86,8 @@ class OptionCritic(director.ActorCritic):
         keep = (gap[1:] * before).sum(-1) - entropy[1:].detach() + config.option_cost  # [H, N]
         better = (pick.probs * gap).sum(-1) + entropy  # [H+1, N]
         return metrics | {
-            "end_grad_norm": self.end.optimizer.minimize((end * keep * weight[1:]).mean()),
-            "over_grad_norm": self.over.optimizer.minimize(-(better * weight).mean()),
+            "end_grad_norm": self.optimizers["end"].minimize((end * keep * weight[1:]).mean()),
+            "over_grad_norm": self.optimizers["over"].minimize(-(better * weight).mean()),
             "option_length": 1 / traj["beta"][1:].mean(), "pick_ent": pick.entropy().mean()}
 
 

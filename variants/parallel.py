@@ -23,7 +23,7 @@ import director
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def average(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def all_reduce_mean(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Means over processes, each in the memory layout of its tensor; one collective."""
     flat = torch.cat([x.flatten() for x in tensors] or [torch.zeros(0)])
     dist.all_reduce(flat)
@@ -49,44 +49,44 @@ class Replay(director.Replay):
 class Run(director.Run):
     """Agrees with the others when to stop."""
 
-    def claim(self):
+    def lock_folder(self):
         if self.config.batch_size % RANKS or self.config.envs % RANKS:
             raise director.UserError(f"--batch_size, --envs: not multiples of {RANKS} processes")
         self.replay.capacity //= RANKS
         if RANK:
             self.logdir = self.logdir / f"rank{RANK}"
-            self.replays = self.logdir / "replay"
-        super().claim()
+            self.replay_dir = self.logdir / "replay"
+        super().lock_folder()
 
     def open(self):
-        before = len(self.agent.origin["episodes"]) if self.saved else RANKS
+        before = len(self.agent.resumed_from["episodes"]) if self.step else RANKS
         if before != RANKS:
-            raise director.UserError(f"{self.path}: is of {before} processes, not {RANKS}")
+            raise director.UserError(f"{self.checkpoint}: is of {before} processes, not {RANKS}")
         super().open()
         self.bar.close() if RANK else dist.barrier()  # now the others may begin
 
-    def seed(self) -> int:
-        return super().seed(*[RANK] * (RANK > 0))
+    def reseed(self) -> int:
+        return super().reseed(*[RANK] * (RANK > 0))
 
-    def stop(self, number: int, frame):
-        self.stops.append(number)  # again and again: torchrun repeats what a terminal has sent
+    def on_signal(self, number: int, frame):
+        self.received_signals.append(number)  # again and again: torchrun repeats what a terminal has sent
 
-    def goes_on(self) -> bool:
-        told = torch.tensor([max(self.stops, default=0), self.step, -self.step])
+    def should_continue(self) -> bool:
+        told = torch.tensor([max(self.received_signals, default=0), self.step, -self.step])
         dist.all_reduce(told, dist.ReduceOp.MAX)
         number, most, least = told.tolist()
         if most != -least:
             raise director.UserError("processes at different steps: they have to share --logdir")
-        self.stops += [number] if number and not self.stops else []
+        self.received_signals += [number] if number and not self.received_signals else []
         return self.step < self.config.steps and not number
 
-    def write(self, checkpoint):
+    def write_checkpoint(self, buffer):
         if RANK == 0:
-            super().write(checkpoint)
+            super().write_checkpoint(buffer)
         dist.barrier()  # nothing is deleted before it is there
 
     def close(self):
-        self.whole = self.whole and not sys.exc_info()[0]
+        self.update_complete = self.update_complete and not sys.exc_info()[0]
         super().close()
 
 
@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if RANKS == 1 else {}
     dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available(), **alone)
-    director.average, envs = average, director.vector_envs
+    director.all_reduce_mean = all_reduce_mean
+    envs = director.vector_envs
     director.vector_envs = lambda config, amount: envs(config, amount // RANKS or 1)
     try:
         if RANK:

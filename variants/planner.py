@@ -30,13 +30,13 @@ from variants.search import cross_entropy, tree_search
 
 @dataclasses.dataclass
 class Config(director.Config):
-    planner: str = director.option("actions", "how to act", "none", "actions", "codes", "mcts",
-                                   group="planner")
-    plan_length: int = director.option(10, "primitive actions in a sequence")
-    candidates: int = director.option(100, "sequences in each round, a tenth elites", low=20)
-    rounds: int = director.option(5, "of CEM; 1: random shooting")
-    simulations: int = director.option(50, "of the tree search")
-    tried: int = director.option(8, "moves that a node of the tree tries", low=2)
+    planner: str = director.flag("actions", "how to act", ("none", "actions", "codes", "mcts"),
+                                 group="planner")
+    plan_length: int = director.flag(10, "primitive actions in a sequence")
+    candidates: int = director.flag(100, "sequences in each round, a tenth elites", low=20)
+    rounds: int = director.flag(5, "of CEM; 1: random shooting")
+    simulations: int = director.flag(50, "of the tree search")
+    tried: int = director.flag(8, "moves that a node of the tree tries", low=2)
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,7 +47,8 @@ class Config(director.Config):
 class Agent(director.Director):
     """Director, or the flat agent, that plans."""
 
-    Config, loads = Config, ("director",)
+    Config = Config
+    compatible_variants = ("director",)
 
     @property
     def over_codes(self) -> bool:
@@ -60,8 +61,8 @@ class Agent(director.Director):
             return state
         return {**state, "action": self.search(state)}
 
-    def pick(self, state: dict[str, Tensor]) -> Tensor:  # without a count in imagination
-        return (self.search if self.over_codes and "count" in state else super().pick)(state)
+    def sample_skill(self, state: dict[str, Tensor]) -> Tensor:  # without a count in imagination
+        return (self.search if self.over_codes and "count" in state else super().sample_skill)(state)
 
     def search(self, state: dict[str, Tensor]) -> Tensor:
         """The best move found, [E, ...]."""
@@ -88,7 +89,7 @@ class Agent(director.Director):
     def imagine_move(self, state: dict, move: Tensor) -> tuple[dict, Tensor, Tensor]:
         """An action [N, A], or K steps with a code [N, GL]: state, reward on the way, discount."""
         model, k, reward, discount = self.world_model, self.config.goal_duration, 0.0, 1.0
-        gamma = self.manager.discount ** (1 / k) if self.manager else self.worker.discount
+        gamma = self.config.discount ** (1 / k) if self.manager else self.config.discount
         goal = {"goal": self.goals.decode(move)} if self.over_codes else {}
         for _ in range(k if goal else 1):
             seen = self.worker.feat({**state, **goal}) if goal else None

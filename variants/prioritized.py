@@ -34,10 +34,10 @@ NEW = 1e5  # the priority of what was never trained on
 
 @dataclasses.dataclass
 class Config(director.Config):
-    priority_c: float = director.option(1e4, "priority of a step that has no visits", low=0,
-                                        group="prioritized")
-    priority_beta: float = director.option(0.7, "share of it that a visit leaves", low=0, high=1)
-    priority_alpha: float = director.option(0.7, "power of errors; 0: they do not count", low=0,
+    priority_c: float = director.flag(1e4, "priority of a step that has no visits", low=0,
+                                      group="prioritized")
+    priority_beta: float = director.flag(0.7, "share of it that a visit leaves", low=0, high=1)
+    priority_alpha: float = director.flag(0.7, "power of errors; 0: they do not count", low=0,
                                             high=3)
 
 
@@ -98,8 +98,8 @@ class Replay(director.Replay):
 class Run(director.Run):
     """A run whose replay hears of the errors of its agent."""
 
-    def __init__(self, config: Config, agent: type, *shown):
-        super().__init__(config, agent, *shown)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.replay.agent = self.agent
 
 

@@ -1,0 +1,1 @@
+"""Environments: the paper's tasks, small worlds for tests, and how Director runs them."""

@@ -1,0 +1,172 @@
+"""What holds for every variant: it learns, acts, saves, resumes, evaluates and draws."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import director
+from conftest import (
+    CONTINUOUS,
+    DISCRETE,
+    HERE,
+    RUN,
+    close,
+    make_variant,
+    random_batch,
+    read_metrics,
+    short_name,
+)
+from variants import (
+    diayn,
+    disagreement,
+    dyna_q,
+    feudal,
+    gaussian,
+    hac,
+    hdreamer,
+    higl,
+    hindsight,
+    options,
+    planner,
+    prioritized,
+    same_episode,
+)
+
+VARIANTS = [  # agent, flags
+    (feudal.Agent, {}), (feudal.Agent, {"feudal_reward": "dot"}),
+    (feudal.Agent, {"agent": "dreamer"}),
+    (higl.Agent, {}), (higl.Agent, {"higl_loss": "contrastive"}),
+    (diayn.Agent, {}), (diayn.Agent, {"skills_for": "task"}),
+    (disagreement.Agent, {}), (disagreement.Agent, {"agent": "dreamer"}),
+    (disagreement.Agent, {"disagreement_target": "embed"}),
+    (disagreement.Agent, {"disagreement_target": "deter"}),
+    (hindsight.Agent, {}),
+    (planner.Agent, {"candidates": 20, "rounds": 2}),
+    (planner.Agent, {"candidates": 20, "rounds": 2, "planner": "codes"}),
+    (planner.Agent, {"planner": "mcts", "simulations": 4, "agent": "dreamer"}),
+    (planner.Agent, {"planner": "mcts", "simulations": 4}),
+    (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
+    (gaussian.Agent, {}),
+    (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0}),
+    (hac.Agent, {"horizon": 32}), (hac.Agent, {"hindsight": 0.5, "middle_extr": 0.5}),
+    (dyna_q.Agent, {}), (dyna_q.Agent, {"planning": 0}),
+    (prioritized.Agent, {}), (prioritized.Agent, {"agent": "dreamer"})]
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE], ids=short_name)
+@pytest.mark.parametrize(("agent", "flags"), VARIANTS, ids=short_name)
+def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, flags, space):
+    if agent is dyna_q.Agent and space is CONTINUOUS:
+        with pytest.raises(director.UserError, match="discrete"):
+            make_variant(agent, space, **flags)
+        return
+    agent = make_variant(agent, space, **flags)
+    owned = [p for optimizer in agent.optimizers.values() for p in optimizer.params]
+    assert len(owned) == len(set(owned)) == sum(p.requires_grad for p in agent.parameters())
+    for optimizer in agent.optimizers.values():
+        def check(loss, optimizer=optimizer, minimize=optimizer.minimize):
+            before = {p: p.detach().clone() for p in agent.parameters()}
+            norm = minimize(loss)
+            moved = {p for p, old in before.items() if not torch.equal(p, old)}
+            assert moved and moved <= set(optimizer.params)
+            return norm
+        optimizer.minimize = check
+    batch = random_batch(np.random.default_rng(0), 2, 19, agent.discrete, agent.sizes["action"])
+    for _ in range(3):
+        metrics = agent.train_step(batch)
+        assert all(value.isfinite() for value in metrics.values()), metrics
+    assert ("goal_reward_other" in metrics) == bool(agent.manager)
+    state, skills = None, []
+    for step in range(9):  # three environments, of which the second begins anew at step 4
+        first = np.array([step == 0, step in (0, 4), step == 0])
+        action, state = agent.policy(
+            {"image": np.zeros((3, 64, 64, 3), np.uint8), "is_first": first}, state)
+        assert action.shape == (3, agent.sizes["action"]) and action.isfinite().all()
+        skills.append(state.get("skill"))
+    if agent.manager:
+        assert all(torch.equal(x[0], skills[0][0]) for x in skills[:8])
+        assert all(torch.equal(x[1], skills[4][1]) for x in skills[4:])
+    if agent.discrete:
+        close(action.sum(-1), np.ones(3))
+
+
+@pytest.mark.parametrize(("agent", "flags"), dict(VARIANTS[::-1]).items(), ids=short_name)
+def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
+    run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
+           "--video_every=100", "--prefill=180", f"--logdir={tmp_path}"]
+    run += [f"--{key}={value}" for key, value in flags.items()]
+    for steps in (210, 230):
+        assert director.main([*run, f"--steps={steps}"], agent) == 0
+    assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 6
+    assert director.main([f"--logdir={tmp_path}", "--eval=1"], agent) == 0
+    assert len(json.loads((tmp_path / "eval.json").read_text())["scores"]) == 1
+    pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
+    assert len({step for step, _ in pictures}) > 1  # while it trained, too
+    assert {name for _, name in pictures} == {"episode", "openloop"}
+
+
+def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(tmp_path, capsys):
+    flags = [*RUN, "--task=gym_Corridor-v0", "--batch_length=10", f"--logdir={tmp_path}"]
+    command = [sys.executable, "-m", "variants.feudal", *flags, "--steps=100000"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as process:
+        assert any("gradient steps" in line for line in process.stdout)
+        process.terminate()
+        step = int(re.search(r"Saved at step (\d+)", process.stdout.read())[1])
+    assert director.main([*flags, f"--steps={step + 20}"], feudal.Agent) == 0
+    assert f"Resumed at step {step}." in capsys.readouterr().out
+    assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 2  # it is no Director
+
+
+def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
+    run = [*RUN, "--task=gym_Corridor-v0", "--steps=150", f"--logdir={tmp_path}"]
+    assert director.main(run) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    flags = ["--candidates=20", "--rounds=1", "--eval=1", f"--logdir={tmp_path}"]
+    assert director.main(flags, planner.Agent) == 0
+    assert director.main(flags[2:], director.Director) == 0
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert director.main(flags[2:], feudal.Agent) == 2
+    assert "holds a run of director" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("agent", "flags", "words"), [
+    (feudal.Agent, ["--batch_length=8"], "--batch_length: has to be more than --goal_duration"),
+    (higl.Agent, ["--batch_length=8"], "--batch_length: has to be more than --goal_duration"),
+    (higl.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (higl.Agent, ["--temperature=0"], "must be from 0.001"),
+    (diayn.Agent, ["--skills=1"], "must be from 2"),
+    (diayn.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (disagreement.Agent, ["--batch_length=1"], "has to be more than 1"),
+    (disagreement.Agent, ["--members=1"], "must be from 2"),
+    (dyna_q.Agent, ["--agent=director"], "invalid choice: 'director'"),
+    (dyna_q.Agent, ["--batch_length=1"], "has to be more than 1"),
+    (dyna_q.Agent, ["--epsilon=1"], "must be from 0 to 0.999"),
+    (prioritized.Agent, ["--priority_beta=2"], "must be from 0 to 1"),
+    (hindsight.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (hindsight.Agent, ["--batch_length=1"], "must be from 2"),
+    (hindsight.Agent, ["--worker_extr=0.5"], "must be from 0 to 0"),
+    (planner.Agent, ["--planner=codes", "--agent=dreamer"], "a flat agent has none"),
+    (planner.Agent, ["--candidates=9"], "must be from 20"),
+    (options.Agent, ["--options=0"], "--options 0: must be from 1"),
+    (options.Agent, ["--option_cost=-1"], "must be from 0"),
+    (options.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (hac.Agent, ["--top_duration=3"], "--horizon: no multiple of --goal_duration * --top_duration"),
+    (hac.Agent, ["--hindsight=2"], "must be from 0 to 1"),
+    (hac.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'")])
+def test_bad_flags_get_one_line(agent, flags, words, capsys):
+    assert director.main(flags, agent) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_pairs_are_those_within_an_episode():
+    is_first = torch.rand(7, 20, generator=torch.manual_seed(0)) < 0.15
+    for k in (1, 4):
+        for row, found in zip(is_first, same_episode(is_first, k), strict=True):
+            assert found.tolist() == [not row[t + 1 : t + k + 1].any() for t in range(20 - k)]

@@ -1,0 +1,145 @@
+"""Latent states: two levels, Gaussian."""
+
+import numpy as np
+import pytest
+import torch
+
+import director
+from conftest import (
+    RUN,
+    close,
+    make_variant,
+    tensor,
+)
+from variants import (
+    gaussian,
+    hdreamer,
+)
+
+
+def kl(post, prior):
+    """KL of categoricals, [..., S, C] -> [...], by PyTorch's distributions."""
+    kind = torch.distributions.OneHotCategorical
+    return torch.distributions.kl_divergence(kind(logits=post), kind(logits=prior)).sum(-1)
+
+
+def test_hdreamer_has_a_kl_and_a_scale_for_each_level():
+    agent = make_variant(hdreamer.Agent, stoch=4, classes=4, bottom_stoch=3, bottom_classes=5, kl_target=2)
+    model, gen = agent.world_model, torch.manual_seed(0)
+    states = {key: torch.randn(2, 6, 16 + 15, generator=gen, requires_grad=True)
+              for key in ("post", "prior")}
+    close(model.kl_adapt.target, [2 * 4 / 7, 2 * 3 / 7])
+    model.kl_adapt.target = tensor([1e3, 1e-3])  # so that one scale falls, the other stays at most
+    loss, metrics = model.kl_loss(states)
+    coarse, fine = ((states[key][..., :16].unflatten(-1, (4, 4)),
+                     states[key][..., 16:].unflatten(-1, (3, 5))) for key in ("post", "prior"))
+    coarse, fine = kl(coarse[0], fine[0]), kl(coarse[1], fine[1])
+    close(metrics["coarse_kl"].detach(), coarse.detach().mean(), rtol=1e-5)
+    close(metrics["fine_kl"].detach(), fine.detach().mean(), rtol=1e-5)
+    close(model.kl_adapt.scale, [1 / 1.1, 1])
+    close(loss.detach(), (coarse / 1.1 + fine).detach(), rtol=1e-5)
+    whole = torch.autograd.grad((coarse / 1.1 + fine).sum(), list(states.values()))
+    found = torch.autograd.grad(loss.sum(), list(states.values()))
+    close(found[0], 0.2 * whole[0], atol=1e-6)
+    close(found[1], 0.8 * whole[1], atol=1e-6)
+
+
+def test_hdreamer_draws_the_fine_level_given_the_coarse_and_corrects_its_prior():
+    rssm = make_variant(hdreamer.Agent, bottom_stoch=3, bottom_classes=5).world_model.rssm
+    rssm.correction[-1].weight.data.normal_()
+    deter, embed = torch.randn(7, 16), torch.randn(7, rssm.correction[0].in_features - 32)
+    stoch, post = rssm.posterior(deter, embed)
+    coarse, fine = stoch.split([16, 15], -1)
+    close(fine.detach().unflatten(-1, (3, 5)).sum(-1), np.ones((7, 3)))
+    prior = rssm.prior(deter, stoch)
+    correction = rssm.correction(torch.cat([deter, coarse, embed], -1))
+    close((post - prior)[:, 16:].detach(), correction.detach(), atol=1e-5)
+    assert correction.abs().max() > 0.1 and not torch.equal(post[:, :16], prior[:, :16])
+    nets = [rssm.fine_net[0].weight, rssm.correction[0].weight, rssm.post_net[0].weight]
+    assert all(x.abs().sum() > 0 for x in torch.autograd.grad(post[:, 16:].square().sum(), nets))
+    other = rssm.prior(deter, stoch.roll(1, 0))
+    assert torch.equal(other[:, :16], prior[:, :16]) and not torch.equal(other, prior)
+    # A guess is the chain of both priors: the mode of one, then the other's mode given it.
+    mode = director.OneHot(rssm.prior_net(deter).unflatten(-1, (4, 4))).mode.flatten(-2)
+    logit = rssm.fine_net(torch.cat([deter, mode], -1)).unflatten(-1, (3, 5))
+    expected = torch.cat([mode, director.OneHot(logit).mode.flatten(-2)], -1)
+    assert torch.equal(rssm.predict_stoch(deter, sample=False), expected)
+    found = torch.stack([rssm.predict_stoch(deter)[:, 16:] for _ in range(2000)]).mean(0)
+    chance = torch.stack([director.OneHot(rssm.prior(deter, rssm.predict_stoch(deter))[:, 16:].unflatten(
+        -1, (3, 5))).probs.flatten(-2) for _ in range(2000)]).mean(0)
+    close(found.detach(), chance.detach(), atol=0.05)
+
+
+@pytest.mark.parametrize("task", ["gym_ShortPinPad-v0", "gym_Corridor-v0"])
+def test_hdreamer_goes_on_with_a_run_of_director_and_first_acts_as_it_did(
+        task, tmp_path, monkeypatch):
+    run = [*RUN, f"--task={task}", f"--logdir={tmp_path}"]
+    assert director.main([*run, "--steps=150"]) == 0
+    flags = {"bottom_stoch": 3, "bottom_classes": 5, "device": "cpu", "precision": "float32"}
+    agents = [director.load(tmp_path, device="cpu", precision="float32"),
+              director.load(tmp_path, hdreamer.Agent, **flags)]
+    assert agents[1].grad_steps == agents[0].grad_steps > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(director.OneHot, "rsample", lambda dist: dist.mode)
+        found = []
+        for agent in agents:
+            state, outs = None, []
+            for step in range(6):
+                gen = np.random.default_rng(step)
+                obs = {key: gen.integers(0, 256, (3, *x.shape), np.uint8) if key == "image" else
+                       np.float32(gen.normal(size=(3, *x.shape)))
+                       for key, x in agent.obs_space.items()}
+                action, state = agent.policy(obs, state)
+                outs.append(action)
+            starts = {key: state[key] for key in ("deter", "stoch")}
+            with torch.no_grad():
+                traj = agent.imagine({**starts, "is_terminal": torch.zeros(3)})
+                feat = torch.cat([traj["deter"], traj["stoch"]], -1)
+                outs += [traj[key] for key in (
+                    "deter", "goal", "cont", "reward_extr", "reward_expl", "reward_goal")]
+                outs += agent.world_model.decoder(feat).values()
+                for player in agent.players.values():
+                    seen = player.feat(traj)
+                    outs += [x(seen) for x in (*player.critics.values(), *player.slow.values())]
+            found.append(outs)
+        for flat, made in zip(*found, strict=True):
+            close(made, flat, rtol=1e-6, atol=1e-6)
+    shape = agents[1].world_model.reward_head.hidden[0].weight.shape
+    assert shape[1] == agents[0].world_model.reward_head.hidden[0].weight.shape[1] + 15
+    for steps in (200, 250):  # as itself, from then on
+        more = ["--bottom_stoch=3", "--bottom_classes=5", f"--steps={steps}"]
+        assert director.main([*run, *more], hdreamer.Agent) == 0
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert saved["variant"] == "hdreamer" and saved["step"] == 250
+    fine = saved["agent"]["world_model.reward_head.hidden.0.weight"][:, -15:]
+    assert fine.abs().sum() > 0
+    assert director.main([*run, "--steps=300"]) == 2
+
+
+def test_gaussian_draws_reparameterised_numbers_and_pays_their_balanced_kl():
+    model = make_variant(gaussian.Agent).world_model
+    rssm, deter = model.rssm, torch.randn(3, 16)
+    mean, std = rssm.prior(deter).unbind(-1)
+    out = rssm.prior_net(deter)
+    close(mean.detach(), out[:, :16].detach())
+    close(std.detach(), (1 + out[:, 16:].exp()).log().detach() + 0.1, rtol=1e-5)
+    found = torch.stack([rssm.predict_stoch(deter) for _ in range(4000)])
+    close(found.mean(0).detach(), mean.detach(), atol=0.08)
+    close(found.std(0).detach(), std.detach(), rtol=0.08)
+    assert torch.equal(rssm.predict_stoch(deter, sample=False), mean)
+    stoch, params = rssm.posterior(deter, torch.randn(3, rssm.post_net[0].in_features - 16))
+    grad, = torch.autograd.grad(stoch.sum(), params)
+    noise = (stoch - params[..., 0]) / params[..., 1]
+    close(grad, torch.stack([torch.ones_like(noise), noise], -1), atol=1e-5)
+    gen = torch.manual_seed(0)
+    states = {key: (torch.rand(2, 5, 16, 2, generator=gen) + 0.1).requires_grad_()
+              for key in ("post", "prior")}
+    (m1, s1), (m2, s2) = (states[key].unbind(-1) for key in ("post", "prior"))
+    whole = ((s2 / s1).log() + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 0.5).sum(-1)
+    loss, metrics = model.kl_loss(states)
+    close(metrics["kl"].detach(), whole.mean().detach(), rtol=1e-5)
+    close(loss.detach(), whole.detach() * model.kl_adapt.scale, rtol=1e-5)
+    for scale, key in ((0.2, "post"), (0.8, "prior")):
+        grad, = torch.autograd.grad(loss.sum(), states[key], retain_graph=True)
+        full, = torch.autograd.grad(whole.sum(), states[key], retain_graph=True)
+        close(grad, scale * model.kl_adapt.scale * full, atol=1e-5)

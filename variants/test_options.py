@@ -1,0 +1,261 @@
+"""What options does, against numbers worked out by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import director
+from conftest import (
+    CONTINUOUS,
+    DISCRETE,
+    close,
+    make_variant,
+    starts_at,
+    tensor,
+)
+from variants import (
+    options,
+)
+
+# Two states, two options: option 0 stays, option 1 goes to the other state.
+BETA = np.array([[0.3, 0.8], [0.6, 0.1]])  # state, option
+
+
+PICK = np.array([[0.7, 0.3], [0.4, 0.6]])
+
+
+REWARD, CONT, DISCOUNT = np.array([1.0, -2.0]), np.array([0.9, 0.7]), 0.3  # of the state reached
+
+
+def option_values(beta, pick, bonus):
+    """Q [state, option], by solving a linear system; a pick in state s earns bonus[s]."""
+    system, right = np.eye(4), np.zeros(4)
+    for s, w in itertools.product(range(2), range(2)):
+        s2, row = s ^ w, 2 * s + w
+        d, end = DISCOUNT * CONT[s2], beta[s2, w]
+        right[row] = REWARD[s2] + d * end * bonus[s2]
+        system[row, 2 * s2 + w] -= d * (1 - end)
+        system[row, 2 * s2 : 2 * s2 + 2] -= d * end * pick[s2]
+    return np.linalg.solve(system, right).reshape(2, 2)
+
+
+def entropies(pick):
+    return -(pick * np.log(pick)).sum(-1)
+
+
+def every_way(horizon):
+    """All trajectories of the two states: [H+1, N], with their probabilities given the start."""
+    columns = []
+    for start, *ways in itertools.product(range(2), *[range(2)] * (horizon + 1)):
+        states, chance, ends = [start], 1.0, [1.0]
+        for t in range(horizon):
+            s, w, after = states[-1] ^ ways[t], ways[t], ways[t + 1]
+            chance *= (1 - BETA[s, w]) * (after == w) + BETA[s, w] * PICK[s, after]
+            states.append(s)
+            ends.append(BETA[s, w])
+        columns.append((states, ways, ends, chance))
+    states, ways, ends, chance = map(np.array, zip(*columns, strict=True))
+    traj = {"deter": torch.eye(16)[states.T], "stoch": torch.zeros(horizon + 1, len(states), 16),
+            "option": torch.eye(2)[ways.T], "beta": tensor(ends.T), "pick": tensor(PICK[states.T]),
+            "cont": tensor(CONT[states.T]), "reward_extr": tensor(REWARD[states.T[1:]]),
+            "action": torch.eye(5)[ways.T]}
+    return traj, states.T, ways.T, chance
+
+
+def two_states(table, **flags):
+    """An agent whose slow critic has these Q, and whose advantages are taken as they are."""
+    agent = make_variant(options.Agent, options=2, discount=DISCOUNT, **flags)
+    worker = agent.worker
+    worker.slow["extr"].forward = lambda feat: director.symlog(
+        torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table)))
+    worker.gapnorm.forward = lambda x, update=True: x
+    logits = tensor(np.log(PICK))
+    worker.over.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], logits)
+    worker.pick = lambda state: director.OneHot(worker.over(state))
+    return agent
+
+
+def test_options_are_worth_going_on_and_picking_anew_by_hand():
+    agent = two_states([[1, 2], [3, 5]], lam=0.5, option_entropy=0)
+    at, option = [0, 1, 1], [1, 0, 0]
+    traj = {"deter": torch.eye(16)[at][:, None], "stoch": torch.zeros(3, 1, 16),
+            "option": torch.eye(2)[option][:, None], "pick": tensor(PICK[at])[:, None],
+            "beta": tensor([1, 0.1, 0.6])[:, None], "cont": torch.ones(3, 1),
+            "reward_extr": tensor([10, 20])[:, None]}
+    ret, value = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+    close(value, [[2], [3]])  # Q of the options that act
+    # V of state 1 is 0.4 * 3 + 0.6 * 5 = 4.2. With option 1 it is worth 0.9 * 5 + 0.1 * 4.2 = 4.92
+    # to arrive there, with option 0 it is 0.4 * 3 + 0.6 * 4.2 = 3.72.
+    last = 20 + 0.3 * 3.72
+    close(ret, [[10 + 0.3 * (0.5 * 4.92 + 0.5 * last)], [last]])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("entropy", [0.0, 2.0])
+def test_true_option_values_are_what_their_returns_are_on_average(entropy, lam):
+    """Over all ways that a trajectory can go, each with its chance; the values solve the chain."""
+    table = option_values(BETA, PICK, entropy * entropies(PICK))
+    traj, states, ways, chance = every_way(3)
+    agent = two_states(table, lam=lam, option_entropy=entropy)
+    ret, value = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+    close(value, table[states, ways][:-1], rtol=1e-4)
+    for t, s, w in itertools.product(range(3), range(2), range(2)):
+        chosen = (states[t] == s) & (ways[t] == w)
+        mean = (ret[t].numpy() * chance)[chosen].sum() / chance[chosen].sum()
+        close(mean, table[s, w], rtol=1e-4)
+
+
+@pytest.mark.parametrize("entropy", [0.0, 2.0])
+def test_the_gradient_of_ending_is_that_of_the_option_values(entropy):
+    """Against finite differences of the values' linear system in each of the four chances."""
+    bonus, logits = entropy * entropies(PICK), np.log(BETA / (1 - BETA))
+    table, expected = option_values(BETA, PICK, bonus), np.zeros((2, 2))
+    for s, w in itertools.product(range(2), range(2)):
+        step = np.zeros((2, 2))
+        step[s, w] = 1e-4
+        high, low = (option_values(1 / (1 + np.exp(-x)), PICK, bonus).sum()
+                     for x in (logits + step, logits - step))
+        expected[s, w] = (high - low) / 2e-4
+    traj, states, ways, chance = every_way(8)
+    traj["cont"][0] = tensor(chance)  # a trajectory counts by its chance
+    agent, losses = two_states(table, option_entropy=entropy, option_cost=0), []
+    param = tensor(logits).requires_grad_()
+    agent.worker.end.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], param)
+    agent.worker.optimizers["end"].minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.worker.optimizers["over"].minimize = lambda loss: torch.zeros(())
+    agent.worker.learn(traj, copy_slow=False)
+    gradient, = torch.autograd.grad(losses[0], param, retain_graph=True)
+    close(-gradient * traj["reward_extr"].numel(), expected, rtol=1e-3, atol=1e-4)
+
+    agent.config.option_cost = 1.5  # of ending, where one gets to with an option
+    agent.worker.learn(traj, copy_slow=False)
+    dearer, = torch.autograd.grad(losses[1] - losses[0], param)
+    weights = director.trajectory_weights(traj["cont"], DISCOUNT)[1:].numpy()
+    for s, w in itertools.product(range(2), range(2)):
+        there = (states[1:] == s) & (ways[:-1] == w)
+        slope = BETA[s, w] * (1 - BETA[s, w])
+        close(dearer[s, w], 1.5 * slope * (weights * there).mean(), rtol=1e-4)
+
+
+def test_picks_go_to_options_that_are_worth_more_and_stay_uncertain():
+    table = np.array([[1.0, 4.0], [2.0, 1.0]])
+    traj, states, _, _ = every_way(2)
+    agent, losses = two_states(table, option_entropy=0.5), []
+    agent.worker.optimizers["over"].minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.worker.optimizers["end"].minimize = lambda loss: torch.zeros(())
+    param = tensor(np.log(PICK)).requires_grad_()
+    agent.worker.over.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], param)
+    agent.worker.learn(traj, copy_slow=False)
+    weights = director.trajectory_weights(traj["cont"], DISCOUNT).numpy()
+    gradient, = torch.autograd.grad(losses[0], param)
+    for s, w in itertools.product(range(2), range(2)):
+        worth = table[s] - 0.5 * np.log(PICK[s])  # Q - 0.5 log pi, whose mean is V with entropy
+        slope = PICK[s, w] * (worth[w] - (PICK[s] * worth).sum())
+        close(gradient[s, w], -slope * (weights * (states == s)).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_rewards_of_any_size_teach_the_same_ends_and_picks():
+    found = []
+    for size in (1, 1000):
+        agent = make_variant(options.Agent, options=2, option_entropy=0.1, option_cost=0.2)
+        traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))
+        old = agent.worker.slow["extr"].forward
+        agent.worker.slow["extr"].forward = lambda feat, size=size, old=old: director.symlog(
+            size * old(feat))
+        traj["reward_extr"] = size * traj["reward_extr"]
+        for name in ("end", "over"):
+            agent.worker.optimizers[name].minimize = (
+                lambda loss: found[-1].append(loss.detach()) or torch.zeros(()))
+        found.append([])
+        agent.worker.learn(traj, copy_slow=False)
+        ret, _ = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+        found[-1].append(ret.mean() / size)
+    close(found[0], found[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("acting", [True, False])
+def test_an_option_ends_in_the_state_arrived_in_by_its_own_chance(acting):
+    """Option 0 never ends, 1 always, 2 where t is a multiple of 3; picks are 0, 1, 2 in turns."""
+    agent = make_variant(options.Agent, options=3, horizon=8)
+    worker = agent.worker
+
+    def end(features):
+        where = features[:, :1]  # t
+        never, always = torch.full_like(where, -50), torch.full_like(where, 50)
+        return torch.cat([never, always, torch.where(where % 3 == 0, always, never)], -1)
+
+    worker.end.forward = end
+    picks = torch.eye(3)[[0, 1, 2]]
+    worker.pick = lambda features: type("", (), {"rsample": lambda _: picks, "probs": picks})()
+    agent.world_model.rssm.img_step = lambda deter, stoch, action: (deter + 1, stoch)
+    steps, state = [], starts_at(torch.zeros(3, 16), torch.zeros(3, 16))
+    if acting:
+        for t in range(9):
+            state["deter"] = torch.full((3, 16), float(t))
+            picks = torch.eye(3)[[0, 1, 2]].roll(t, 0)
+            state = {"count": np.zeros(3), **state}
+            state = agent.act(state, np.array([t == 0, t == 0, t in (0, 5)]), "train")
+            steps.append(state["option"].argmax(-1).tolist())
+        # Picks at time t: (0 - t, 1 - t, 2 - t) mod 3, used where the option before has ended.
+        assert [x[0] for x in steps] == [0] * 9
+        assert [x[1] for x in steps] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+        assert [x[2] for x in steps] == [2, 2, 2, 2, 2, 0, 0, 0, 0]  # anew at 5
+    else:
+        traj = agent.imagine(state)
+        assert traj["option"].argmax(-1)[:, 1].tolist() == [1] * 9  # picked again in each state
+        close(traj["beta"], [[1, 1, 1]] + [[0, 1, t % 3 == 0] for t in range(1, 9)])
+
+
+def test_options_last_as_long_as_beta_says_and_an_episode_picks_anew():
+    agent = make_variant(options.Agent, options=4)
+    agent.worker.end.forward = lambda features: torch.full((len(features), 4), 0.25).logit()
+    agent.worker.over.forward = lambda features: torch.zeros(len(features), 4)
+    state, ended = {"deter": torch.zeros(4000, 16), "stoch": torch.zeros(4000, 16)}, []
+    before = agent.choose(state, np.zeros(4000))["option"]
+    close(before.mean(0), [0.25] * 4, atol=0.03)
+    count = np.where(np.arange(4000) < 2000, 0, 7)
+    chosen = agent.choose({**state, "option": before}, count)
+    close(chosen["beta"], np.where(count == 0, 1, 0.25))
+    close(chosen["pick"], np.full((4000, 4), 0.25))
+    ended = (chosen["option"] != before).any(-1).float()
+    assert float(ended[:2000].mean()) == pytest.approx(3 / 4, abs=0.04)
+    assert float(ended[2000:].mean()) == pytest.approx(3 / 16, abs=0.04)  # of 1/4, 1 of 4 the same
+
+
+def test_one_option_is_the_flat_agent():
+    agent = make_variant(options.Agent, options=1, option_entropy=0.3, option_cost=0.1)
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    feat = agent.worker.feat(traj)
+    flat = director.ActorCritic.returns(agent.worker, "extr", feat, traj)
+    for found, expected in zip(agent.worker.returns("extr", feat, traj), flat, strict=True):
+        close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+def test_no_gradient_of_actions_leads_through_ends_and_picks(space):
+    agent = make_variant(options.Agent, space)
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    assert not any(traj[key].requires_grad for key in ("option", "beta", "pick"))
+    assert traj["reward_extr"].requires_grad == (space is CONTINUOUS)
+    ret, _ = agent.worker.returns("extr", agent.worker.feat(traj), traj)
+    assert ret.requires_grad == (space is CONTINUOUS)
+
+
+def test_options_learn_to_end_where_another_is_worth_more():
+    """The tell-tale, in seconds: option w is worth 1 more in state w; a high cost ends nothing."""
+    found = []
+    for cost in (0.1, 50):
+        agent = make_variant(options.Agent, options=2, learning_rate=1e-2, discount=DISCOUNT,
+                     option_cost=cost, option_entropy=0.01)
+        worker, feats = agent.worker, torch.eye(32)[:2]
+        worker.slow["extr"].forward = lambda feat: (feat[..., :2] * feat[..., -2:]).sum(-1)
+        traj, *_ = every_way(2)
+        for _ in range(100):
+            traj["pick"] = worker.pick(worker.feat(traj)[..., :-2]).probs.detach()
+            worker.learn(traj, copy_slow=False)
+        found.append((worker.pick(feats).probs, worker.end(feats).sigmoid()))
+    (pick, end), (_, dear) = found
+    assert (pick.diagonal() > 0.9).all() and (end.diagonal() < 0.3).all(), (pick, end)
+    assert (end.flip(0).diagonal() > 0.7).all() and (dear < 0.3).all(), (end, dear)
