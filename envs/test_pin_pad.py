@@ -1,13 +1,12 @@
-"""What pin pad does, against numbers worked out by hand."""
+"""Pin Pad shows and rewards what the official environment does."""
 
 import hashlib
 
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
-from conftest import (
-    towards_next_pad,
-)
+from conftest import towards_next_pad
 from envs.pin_pad import PADS, PinPad
 
 
@@ -55,3 +54,29 @@ def test_pinpad_respawns_ten_steps_after_the_reward_with_an_empty_history():
     obs = env.step(0)[0]
     assert env.history in ((), (int(env.cells[env.player[1], env.player[0]]),))
     assert not (obs["image"] == (223, 255, 223)).all(-1).any()
+
+
+def test_pin_pad_as_numbers_tells_what_the_image_shows():
+    env = PinPad("three", length=400, observe="both")
+    check_env(env, skip_render_check=True)
+    rng, shown = np.random.default_rng(0), {}
+    obs, _ = env.reset(seed=3)
+    for _ in range(400):
+        state = obs["state"]
+        assert state[:14].argmax() + 1 == env.player[0] and state[:14].sum() == 1
+        assert state[14:26].argmax() + 1 == env.player[1] and state[14:26].sum() == 1
+        pads = state[26:35].reshape(3, 3)
+        assert tuple(pads.argmax(1)[pads.any(1)] + 1) == env.history
+        image = obs["image"].tobytes()
+        assert shown.setdefault(state.tobytes(), image) == image  # one image for each state ...
+        action = int(rng.integers(5)) if rng.random() < 0.3 else towards_next_pad(env)
+        obs, *_ = env.step(action)
+    assert len(set(shown.values())) == len(shown) > 50  # ... and one state for each image
+    assert any(np.frombuffer(state, np.float32)[-1] for state in shown)
+
+
+def test_only_what_is_asked_for_is_observed():
+    for observe, keys in (("image", {"image"}), ("state", {"state"}),
+                          ("both", {"image", "state"})):
+        env = PinPad("four", observe=observe)
+        assert set(env.observation_space) == set(env.reset(seed=0)[0]) == keys

@@ -52,14 +52,14 @@ def test_diayn_draws_skills_uniformly_until_a_manager_picks():
     starts, batch = starts_at(deter, stoch), random_batch(np.random.default_rng(0), 2, 9, True, 5)
     uniform = 0.25 * np.ones(4)
     assert agent.imagine(starts)["skill"][0].mean(0).numpy() == pytest.approx(uniform, abs=0.05)
-    assert agent.pick(starts).mean(0).numpy() == pytest.approx(uniform, abs=0.05)
+    assert agent.sample_skill(starts).mean(0).numpy() == pytest.approx(uniform, abs=0.05)
     before = agent.manager.actor.out.weight.detach().clone()
     agent.train_step(batch)
     assert torch.equal(agent.manager.actor.out.weight, before)
     agent.config.skills_for = "task"
     traj = agent.imagine(starts)
     assert traj["skill"][0, :1000].mean(0).numpy() == pytest.approx(uniform, abs=0.07)
-    assert traj["skill"][0, 1000:, 0].mean() > 0.95 and agent.pick(starts)[:, 0].mean() > 0.95
+    assert traj["skill"][0, 1000:, 0].mean() > 0.95 and agent.sample_skill(starts)[:, 0].mean() > 0.95
     view = agent.player_trajectories(traj)["manager"]
     assert torch.equal(view["action"], traj["skill"][::8, 1000:])
     agent.train_step(batch)

@@ -77,8 +77,8 @@ def test_hac_takes_the_codes_of_the_states_that_were_reached_for_the_actions():
 @pytest.mark.parametrize("imagined", [True, False])
 def test_hac_levels_choose_at_their_own_times_and_the_middle_sees_the_new_goal(imagined):
     agent, seen = make_variant(hac.Agent, goal_duration=2, top_duration=3, horizon=12), []
-    pick = agent.pick
-    agent.pick = lambda state: seen.append(state["top_goal"]) or pick(state)
+    pick = agent.sample_skill
+    agent.sample_skill = lambda state: seen.append(state["top_goal"]) or pick(state)
     if imagined:
         traj = agent.imagine(starts_at(*torch.randn(2, 3, 16)))
         states = [{key: traj[key][t] for key in ("skill", "goal", "top_skill", "top_goal")}

@@ -115,7 +115,7 @@ def test_q_is_trained_towards_what_a_loop_says_under_own_and_later_goals(
 def test_a_transition_has_its_own_goal_from_the_manager_in_the_state_it_starts_from(only_worker):
     agent = make_variant(hindsight.Agent, her=1, goal_duration=4, horizon=8)
     states, seen, losses = script(), [], []
-    agent.pick = lambda state: seen.append(state) or state["deter"]
+    agent.sample_skill = lambda state: seen.append(state) or state["deter"]
     agent.goals.decode.forward = lambda code: seen.append(code) or code.requires_grad_()
     agent.optimizers["worker"].minimize = lambda loss: losses.append(loss) or torch.zeros(())
     agent.train_goals(states)
@@ -176,7 +176,7 @@ def test_hindsight_teaches_the_way_to_goals_where_goals_alone_never_pay(only_wor
         agent, gen = make_variant(hindsight.Agent, her=her, learning_rate=1e-2, units=32, slow_every=10,
                           noise=0.0), torch.manual_seed(0)
         places, no = 3 * torch.eye(16)[:8], torch.zeros(8, 20, dtype=torch.bool)
-        agent.pick = lambda state: torch.zeros(len(state["deter"]), 64)
+        agent.sample_skill = lambda state: torch.zeros(len(state["deter"]), 64)
         agent.goals.decode.forward = lambda code: -torch.ones(len(code), 16)
         for _ in range(200):
             agent.grad_steps += 1

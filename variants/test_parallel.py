@@ -83,7 +83,7 @@ def ranks(*command) -> list[subprocess.Popen]:
                              stderr=subprocess.STDOUT, text=True) for rank in range(2)]
 
 
-TOGETHER = [*RUN, "--task=gym_Corridor-v0", "--envs=4", "--steps=400"]
+TOGETHER = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", "--envs=4", "--steps=400"]
 
 
 def train_save_resume(folder):
