@@ -11,8 +11,8 @@ from gymnasium import spaces
 class Grid(gymnasium.Env):
     """Six by six cells; the player starts in a corner, the nine cells of the opposite one reward 1.
 
-    Observation [12]: one-hot x and y. Actions: stay, down, up, right, left. An episode has 60 steps;
-    the best return is 55, random actions get about 7.4.
+    Observation [12]: one-hot x and y. Actions: stay, down, up, right, left. An episode has 60
+    steps; the best return is 55, random actions get about 7.4.
     """
 
     observation_space, action_space = spaces.Box(0, 1, (12,), np.float32), spaces.Discrete(5)

@@ -35,8 +35,8 @@ class PinPad(gymnasium.Env):
 
     observe: "image", "state", or "both".
     image  [64, 64, 3] uint8: 16 by 14 cells of 4x4 pixels, and below them the last n pads visited
-    state  [14 + 12 + n * n + 1] float32, what the image shows: one-hot x, one-hot y, one-hot numbers
-           of the last n pads, oldest first, and whether the floor is tinted
+    state  [14 + 12 + n * n + 1] float32, what the image shows: one-hot x, one-hot y, one-hot
+           numbers of the last n pads, oldest first, and whether the floor is tinted
     """
 
     def __init__(self, name: str, length: int = 2000, observe: str = "image"):

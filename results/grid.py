@@ -41,9 +41,9 @@ from variants import (
     same_episode,
 )
 
-GRID = ["--task=gym_envs.grid:Grid-v0", "--device=cpu", "--precision=float32", "--size=xs", "--units=32",
-        "--deter=32", "--hidden=32", "--stoch=4", "--classes=4", "--skill_groups=4",
-        "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
+GRID = ["--task=gym_envs.grid:Grid-v0", "--processes=no", "--device=cpu", "--precision=float32",
+        "--size=xs", "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
+        "--skill_groups=4", "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
         "--prefill=1000", "--train_every=8", "--kl_target=3.5", "--standardize=no"]
 HAC, LONG = ["--horizon=32"], ["--task=gym_envs.grid:LongCorridor-v0"]
 

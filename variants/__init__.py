@@ -1,4 +1,7 @@
-"""Director's relatives: each file changes one thing of director.py. Here: what several of them use."""
+"""Director's relatives: each file changes one thing of director.py.
+
+Here is what several of them use.
+"""
 
 from torch import Tensor
 

@@ -54,7 +54,7 @@ class Directions(director.GoalAutoencoder):
 
 @dataclasses.dataclass
 class Config(director.Config):
-    feudal_reward: str = director.flag("cosine", "FuN's mean cosine, or dot: progress along the goal",
+    feudal_reward: str = director.flag("cosine", "dot: progress along the goal, not its cosine",
                                        ("cosine", "dot"), group="feudal")
 
     def __post_init__(self):

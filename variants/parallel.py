@@ -69,7 +69,7 @@ class Run(director.Run):
         return super().reseed(*[RANK] * (RANK > 0))
 
     def on_signal(self, number: int, frame):
-        self.received_signals.append(number)  # again and again: torchrun repeats what a terminal has sent
+        self.received_signals.append(number)  # torchrun repeats what a terminal has sent
 
     def should_continue(self) -> bool:
         told = torch.tensor([max(self.received_signals, default=0), self.step, -self.step])

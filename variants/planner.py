@@ -61,8 +61,9 @@ class Agent(director.Director):
             return state
         return {**state, "action": self.search(state)}
 
-    def sample_skill(self, state: dict[str, Tensor]) -> Tensor:  # without a count in imagination
-        return (self.search if self.over_codes and "count" in state else super().sample_skill)(state)
+    def sample_skill(self, state: dict[str, Tensor]) -> Tensor:
+        acts = "count" in state  # rather than imagines
+        return self.search(state) if acts and self.over_codes else super().sample_skill(state)
 
     def search(self, state: dict[str, Tensor]) -> Tensor:
         """The best move found, [E, ...]."""

@@ -111,7 +111,8 @@ def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
 
 
 def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(tmp_path, capsys):
-    flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", "--batch_length=10", f"--logdir={tmp_path}"]
+    flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no",
+             "--batch_length=10", f"--logdir={tmp_path}"]
     command = [sys.executable, "-m", "variants.feudal", *flags, "--steps=100000"]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True) as process:
@@ -124,7 +125,8 @@ def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(tmp_path, c
 
 
 def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
-    run = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", "--steps=150", f"--logdir={tmp_path}"]
+    run = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no",
+           "--steps=150", f"--logdir={tmp_path}"]
     assert director.main(run) == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
     flags = ["--candidates=20", "--rounds=1", "--eval=1", f"--logdir={tmp_path}"]

@@ -26,7 +26,8 @@ def test_disagreement_is_the_variance_of_means_and_grows_where_nothing_was_seen(
     target = sides[0][:, :16].sin()
     for _ in range(200):
         mean, std = ensemble(sides[0])
-        agent.optimizers["ensemble"].minimize((0.5 * ((mean - target) / std) ** 2 + std.log()).mean())
+        loss = (0.5 * ((mean - target) / std) ** 2 + std.log()).mean()
+        agent.optimizers["ensemble"].minimize(loss)
     seen, unseen = (ensemble.disagreement(x).mean() for x in sides)
     assert unseen > 2 * seen
 
@@ -60,7 +61,8 @@ def test_disagreement_is_about_the_action_that_leads_to_the_state():
 
 def test_only_the_flat_agent_is_led_by_the_gradient_of_disagreement():
     for flat in (True, False):
-        agent = make_variant(disagreement.Agent, CONTINUOUS, agent="dreamer" if flat else "director")
+        kind = "dreamer" if flat else "director"
+        agent = make_variant(disagreement.Agent, CONTINUOUS, agent=kind)
         traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
         assert traj["reward_expl"].requires_grad == flat
         assert dict(agent.worker.rewards) == ({"extr": 1.0, "expl": 0.1} if flat else {"goal": 1.0})

@@ -70,7 +70,8 @@ def test_hac_takes_the_codes_of_the_states_that_were_reached_for_the_actions():
     agent.config.hindsight = 0.3
     many = {key: value[:, :1].repeat_interleave(5000, 1) if value.dim() > 1 else value
             for key, value in counted(agent).items()}
-    changed = agent.player_trajectories(many)["top"]["action"][:-1, :, 0] == tensor([4.5, 8.5])[:, None]
+    action = agent.player_trajectories(many)["top"]["action"]
+    changed = action[:-1, :, 0] == tensor([4.5, 8.5])[:, None]
     assert torch.equal(*changed) and 0.27 < changed.float().mean() < 0.33
 
 

@@ -162,7 +162,8 @@ def test_reaching_a_goal_pays_1_in_imagination_and_the_worker_is_not_trained_the
     traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
     near = director.max_cosine(traj["goal"][:-1], traj["deter"][1:])
     paid = agent.reward_goal(traj)
-    assert torch.equal(paid, (near > 0.5).float()) and list(agent.player_trajectories(traj)) == ["manager"]
+    assert torch.equal(paid, (near > 0.5).float())
+    assert list(agent.player_trajectories(traj)) == ["manager"]
     assert not any(value.requires_grad for value in traj.values())
     close(agent.train_imagined(traj)["goal_reward_last"], paid[7::8].mean())
     goal, deter = tensor([[1, 0]] * 3), tensor([[9, 9], [1, 0.1], [1, 3]])
@@ -173,8 +174,9 @@ def test_hindsight_teaches_the_way_to_goals_where_goals_alone_never_pay(only_wor
     """The tell-tale, in seconds: a line of eight places; the manager's goals lie outside of it."""
     reached, moves = [], torch.tensor([0, 1, -1, 1, -1])
     for her in (4, 0):
-        agent, gen = make_variant(hindsight.Agent, her=her, learning_rate=1e-2, units=32, slow_every=10,
-                          noise=0.0), torch.manual_seed(0)
+        agent = make_variant(hindsight.Agent, her=her, learning_rate=1e-2, units=32, slow_every=10,
+                             noise=0.0)
+        gen = torch.manual_seed(0)
         places, no = 3 * torch.eye(16)[:8], torch.zeros(8, 20, dtype=torch.bool)
         agent.sample_skill = lambda state: torch.zeros(len(state["deter"]), 64)
         agent.goals.decode.forward = lambda code: -torch.ones(len(code), 16)

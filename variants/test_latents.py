@@ -24,7 +24,8 @@ def kl(post, prior):
 
 
 def test_hdreamer_has_a_kl_and_a_scale_for_each_level():
-    agent = make_variant(hdreamer.Agent, stoch=4, classes=4, bottom_stoch=3, bottom_classes=5, kl_target=2)
+    sizes = {"stoch": 4, "classes": 4, "bottom_stoch": 3, "bottom_classes": 5}
+    agent = make_variant(hdreamer.Agent, **sizes, kl_target=2)
     model, gen = agent.world_model, torch.manual_seed(0)
     states = {key: torch.randn(2, 6, 16 + 15, generator=gen, requires_grad=True)
               for key in ("post", "prior")}
@@ -65,8 +66,9 @@ def test_hdreamer_draws_the_fine_level_given_the_coarse_and_corrects_its_prior()
     expected = torch.cat([mode, director.OneHot(logit).mode.flatten(-2)], -1)
     assert torch.equal(rssm.predict_stoch(deter, sample=False), expected)
     found = torch.stack([rssm.predict_stoch(deter)[:, 16:] for _ in range(2000)]).mean(0)
-    chance = torch.stack([director.OneHot(rssm.prior(deter, rssm.predict_stoch(deter))[:, 16:].unflatten(
-        -1, (3, 5))).probs.flatten(-2) for _ in range(2000)]).mean(0)
+    logits = [rssm.prior(deter, rssm.predict_stoch(deter))[:, 16:] for _ in range(2000)]
+    dists = [director.OneHot(x.unflatten(-1, (3, 5))) for x in logits]
+    chance = torch.stack([dist.probs.flatten(-2) for dist in dists]).mean(0)
     close(found.detach(), chance.detach(), atol=0.05)
 
 

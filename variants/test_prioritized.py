@@ -140,7 +140,8 @@ def test_a_run_hands_errors_to_its_replay_and_starts_anew_when_it_resumes(tmp_pa
     runs = []
     monkeypatch.setattr(prioritized.Run, "close", lambda run: (
         runs.append(run), director.Run.close(run)))
-    run = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", "--batch_length=10", f"--logdir={tmp_path}"]
+    run = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no",
+           "--batch_length=10", f"--logdir={tmp_path}"]
     for steps in (300, 400):
         assert director.main([*run, f"--steps={steps}"], prioritized.Agent) == 0
         replay = runs[-1].replay
