@@ -16,7 +16,7 @@ From the paper to this file, in its order (`# ---- ` begins a part):
     Models and players        WorldModel (eq. 2), GoalAutoencoder (2.2, eq. 3, 4, 6), ActorCritic
     The agent                 Director: sample_skill (2.3, eq. 5), act (2.4, eq. 7), imagine,
                               reward_expl (eq. 6), reward_goal (eq. 8), train_step
-    Replay, environments      Replay, make_env, vector_envs, Driver
+    Replay, environments      Replay, make_env, vector_envs; the rest of them is in envs/
     A run                     load, Run, draw_pictures, train, evaluate, main
 
 Symbols in shapes: B replay chunks in a batch, T steps in each; N = BT imagined trajectories, H
