@@ -1,13 +1,19 @@
-"""Director's relatives on Grid-v0, beside themselves with their idea disconnected.
+"""Compares the variants on Grid-v0, each beside the same agent with its idea disconnected.
 
     python results/grid.py --seeds 0 1 2 [--only feudal higl] [--out grid.jsonl]
+    python results/grid.py --planner
+    python results/grid.py --time_steps
 
-Each agent makes 900 gradient steps on a grid of 6 by 6 cells, all with the same networks, batches
-and learning rates: a line of JSON for each, with the mean return of its last 24 episodes and its
-tell-tales, first and last. An agent and a seed that --out has a line of are not run again. With
---planner, the agents of director.py are stopped after 100, 200 and 400 gradient steps, and play ten
-episodes each with their actors and with each way to search. With --time_steps, train steps of all
-take turns. On one core, a run takes about a minute.
+All agents have the same networks, batches and learning rates, and make 900 gradient steps on a grid
+of 6 by 6 cells (envs/grid.py). The program writes a line of JSON per run to --out, with the mean
+return of the last 24 episodes and measurements that show whether the agent's idea is at work. It
+skips runs that --out already has. A run takes about a minute on one core.
+
+With --planner, Director and the flat agent stop after 100, 200 and 400 gradient steps, and play ten
+episodes with their actors and with each kind of search. With --time_steps, it prints milliseconds
+of a train step; all agents take turns.
+
+results/grid.jsonl holds the rows that variants/README.md shows.
 """
 
 import argparse
@@ -18,12 +24,15 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import director
+from director import Director
 from envs.grid import Grid
 from variants import (
     diayn,
@@ -41,25 +50,30 @@ from variants import (
     same_episode,
 )
 
-GRID = ["--task=gym_envs.grid:Grid-v0", "--processes=no", "--device=cpu", "--precision=float32",
-        "--size=xs", "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
-        "--skill_groups=4", "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
-        "--prefill=1000", "--train_every=8", "--kl_target=3.5", "--standardize=no"]
-HAC, LONG = ["--horizon=32"], ["--task=gym_envs.grid:LongCorridor-v0"]
+FLAGS = [
+    "--task=gym_envs.grid:Grid-v0", "--device=cpu", "--precision=float32", "--size=xs",
+    "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4", "--skill_groups=4",
+    "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
+    "--prefill=1000", "--train_every=8", "--kl_target=3.5", "--standardize=no"]
+PREFILL, TRAIN_EVERY = 1000, 8  # as in FLAGS
+BATCHES, BATCH, LENGTH = 8, 8, 32  # measurements are means over 8 replay batches of 8x32 steps
 
 
-def unpaid(agent: type, player: str = "worker", reward: str = "reward_goal") -> type:
-    """The same agent, whose worker (or another player) gets no reward for its goals."""
-    class Unpaid(agent):
+# ---- Agents whose idea is disconnected ------------------------------------------------------
+
+
+def without_reward(agent: type, player: str = "worker", reward: str = "reward_goal") -> type:
+    """The same agent, whose worker (or another player) receives no reward for its goals."""
+    class WithoutReward(agent):
         def player_trajectories(self, traj):
-            views = super().player_trajectories(traj)
-            views[player][reward] = 0 * views[player][reward]
-            return views
-    return Unpaid
+            trajectories = super().player_trajectories(traj)
+            trajectories[player][reward] = 0 * trajectories[player][reward]
+            return trajectories
+    return WithoutReward
 
 
-def frozen(part: str, agent: type = director.Director) -> type:
-    """The same agent, of which a part never changes."""
+def frozen(part: str, agent: type = Director) -> type:
+    """The same agent, with one optimizer that never moves its parameters."""
     class Frozen(agent):
         def __init__(self, *args):
             super().__init__(*args)
@@ -68,7 +82,7 @@ def frozen(part: str, agent: type = director.Director) -> type:
 
 
 class Uncorrected(hdreamer.Agent):
-    """hdreamer, whose fine level never learns what it is for: its posterior is its prior."""
+    """hdreamer, whose fine level learns nothing from observations: its posterior is its prior."""
 
     def build(self, action):
         super().build(action)
@@ -76,21 +90,16 @@ class Uncorrected(hdreamer.Agent):
         correction.forward = lambda x, forward=correction.forward: 0 * forward(x)
 
 
-class EndsFrozen(options.Agent):
-    """Options end as they did at first: with a chance near a half, anywhere."""
-    def build(self, action):
-        super().build(action)
-        self.worker.optimizers["end"].minimize = lambda loss: loss.detach()
+class ShuffledOptions(options.Agent):
+    """The worker learns with the options of other trajectories, which are unrelated to its own."""
 
-
-class OptionsShuffled(options.Agent):
-    """The worker learns under the options of other trajectories, which say nothing about these."""
     def player_trajectories(self, traj):
-        return {"worker": {**traj, "option": traj["option"].roll(traj["option"].shape[1] // 2, 1)}}
+        others = traj["option"].roll(traj["option"].shape[1] // 2, 1)
+        return {"worker": {**traj, "option": others}}
 
 
-class Again(dyna_q.Agent):
-    """Dyna-Q that learns from the replayed transitions again in place of imagined ones."""
+class ReplayedAgain(dyna_q.Agent):
+    """Dyna-Q that learns from the replayed transitions again instead of from imagined ones."""
 
     def learn(self, index, steps):
         if index == 0:
@@ -98,475 +107,566 @@ class Again(dyna_q.Agent):
         return super().learn(index, self.replayed)
 
 
-CORRIDOR = ["--task=gym_Corridor-v0", "--steps=1900"]
+TWO_LEVELS = ["--bottom_stoch=4", "--bottom_classes=4"]
+THREE_LEVELS = ["--horizon=32"]
+CORRIDOR = ["--task=gym_envs.grid:Corridor-v0", "--steps=1900"]
+LONG_CORRIDOR = ["--task=gym_envs.grid:LongCorridor-v0"]
+FLAT = ["--agent=dreamer"]
 
 AGENTS = {  # name: agent, flags
-    "director": (director.Director, []),
-    "director, 8x4 latents": (director.Director, ["--stoch=8"]),
-    "director, worker unpaid": (unpaid(director.Director), []),
+    "director": (Director, []),
+    "director, 8x4 latents": (Director, ["--stoch=8"]),
+    "director, worker without reward": (without_reward(Director), []),
     "director, manager frozen": (frozen("manager/actor"), []),
     "director, model frozen": (frozen("world_model"), []),
-    "flat": (director.Director, ["--agent=dreamer"]),
+    "flat": (Director, FLAT),
     "feudal": (feudal.Agent, []),
-    "feudal, worker unpaid": (unpaid(feudal.Agent), []),
+    "feudal, worker without reward": (without_reward(feudal.Agent), []),
     "feudal, dot": (feudal.Agent, ["--feudal_reward=dot"]),
     "higl": (higl.Agent, []),
-    "higl, worker unpaid": (unpaid(higl.Agent), []),
+    "higl, worker without reward": (without_reward(higl.Agent), []),
     "higl, contrastive": (higl.Agent, ["--higl_loss=contrastive"]),
     "diayn": (diayn.Agent, []),
-    "diayn, worker unpaid": (unpaid(diayn.Agent), []),
+    "diayn, worker without reward": (without_reward(diayn.Agent), []),
     "diayn for the task": (diayn.Agent, ["--skills_for=task"]),
     "hindsight": (hindsight.Agent, []),
     "hindsight, none": (hindsight.Agent, ["--her=0"]),
     "disagreement": (disagreement.Agent, []),
-    "disagreement, flat": (disagreement.Agent, ["--agent=dreamer"]),
-    "hdreamer": (hdreamer.Agent, ["--bottom_stoch=4", "--bottom_classes=4"]),
-    "hdreamer, uncorrected": (Uncorrected, ["--bottom_stoch=4", "--bottom_classes=4"]),
+    "disagreement, flat": (disagreement.Agent, FLAT),
+    "hdreamer": (hdreamer.Agent, TWO_LEVELS),
+    "hdreamer, uncorrected": (Uncorrected, TWO_LEVELS),
     "gaussian": (gaussian.Agent, []),
     "options": (options.Agent, []),
     "options, plain": (options.Agent, ["--option_entropy=0", "--option_cost=0"]),
     "options, no cost": (options.Agent, ["--option_cost=0"]),
     "options, no entropy": (options.Agent, ["--option_entropy=0"]),
-    "options, ends frozen": (EndsFrozen, []),
-    "options, shuffled": (OptionsShuffled, []),
-    "hac": (hac.Agent, HAC),
-    "hac, twice as long": (hac.Agent, [*HAC, "--steps=15400"]),
-    "hac, hindsight": (hac.Agent, [*HAC, "--hindsight=1"]),
-    "hac, worker unpaid": (unpaid(hac.Agent), HAC),
-    "hac, middle unpaid": (unpaid(hac.Agent, "manager", "reward_reach"), HAC),
-    "hac, top frozen": (frozen("top/actor", hac.Agent), HAC),
-    "long corridor, director": (director.Director, LONG),
-    "long corridor, flat": (director.Director, [*LONG, "--agent=dreamer"]),
-    "long corridor, hac": (hac.Agent, [*HAC, *LONG]),
-    "long corridor, hac, hindsight": (hac.Agent, [*HAC, *LONG, "--hindsight=1"]),
+    "options, ends frozen": (frozen("worker/end", options.Agent), []),
+    "options, shuffled": (ShuffledOptions, []),
+    "hac": (hac.Agent, THREE_LEVELS),
+    "hac, twice as long": (hac.Agent, [*THREE_LEVELS, "--steps=15400"]),
+    "hac, hindsight": (hac.Agent, [*THREE_LEVELS, "--hindsight=1"]),
+    "hac, worker without reward": (without_reward(hac.Agent), THREE_LEVELS),
+    "hac, middle without reward": (
+        without_reward(hac.Agent, "manager", "reward_reach"), THREE_LEVELS),
+    "hac, top frozen": (frozen("top/actor", hac.Agent), THREE_LEVELS),
+    "long corridor, director": (Director, LONG_CORRIDOR),
+    "long corridor, flat": (Director, [*LONG_CORRIDOR, *FLAT]),
+    "long corridor, hac": (hac.Agent, [*THREE_LEVELS, *LONG_CORRIDOR]),
+    "long corridor, hac, hindsight": (
+        hac.Agent, [*THREE_LEVELS, *LONG_CORRIDOR, "--hindsight=1"]),
     "dyna_q": (dyna_q.Agent, []),
     "dyna_q, no planning": (dyna_q.Agent, ["--planning=0"]),
-    "dyna_q, replayed again": (Again, []),
+    "dyna_q, replayed again": (ReplayedAgain, []),
     "dyna_q, discount 0.9": (dyna_q.Agent, ["--discount=0.9"]),
     "dyna_q, corridor": (dyna_q.Agent, CORRIDOR),
     "dyna_q, corridor, no planning": (dyna_q.Agent, [*CORRIDOR, "--planning=0"]),
-    "dyna_q, corridor, replayed again": (Again, CORRIDOR),
+    "dyna_q, corridor, replayed again": (ReplayedAgain, CORRIDOR),
     "prioritized": (prioritized.Agent, []),
 }
-RARE = {  # name: agent, flags, of models that learn from a fixed replay
-    "rare, uniform": (director.Director, []),
+HALF_WORLDS = [f"half world, {target}" for target in ("stoch", "embed", "deter")]
+RARE = {  # name: agent, flags; see `learn_rare_states`
+    "rare, uniform": (Director, []),
     "rare, prioritized": (prioritized.Agent, []),
     "rare, prioritized by visits": (prioritized.Agent, ["--priority_alpha=0"]),
     "rare, prioritized by errors": (prioritized.Agent, ["--priority_c=0"]),
 }
-TELL_TALES = ("goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec",
-              "manager_ent", "worker_ent", "manager_expl_reward", "worker_expl_reward",
-              "kl", "coarse_kl", "fine_kl", "state_loss", "reward_loss",
-              "worker_option_length", "worker_pick_ent",
-              "reach_last", "reach_other", "top_ent", "top_extr_reward")
+LOGGED = (  # metrics of a run that go into its row, the first and the last of them
+    "goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec", "manager_ent",
+    "worker_ent", "manager_expl_reward", "worker_expl_reward", "kl", "coarse_kl", "fine_kl",
+    "state_loss", "reward_loss", "worker_option_length", "worker_pick_ent", "reach_last",
+    "reach_other", "top_ent", "top_extr_reward")
 
 
-def run(logdir: str, agent: type, flags: list[str]):
-    with open(pathlib.Path(logdir) / "out.txt", "a") as file, contextlib.redirect_stdout(file):
-        code = director.main([*GRID, f"--logdir={logdir}/run", *flags], agent)
-    assert code == 0, code
+# ---- Runs, replays and states ---------------------------------------------------------------
 
 
-def states(agent: director.Director, replay: director.Replay) -> dict[str, torch.Tensor]:
-    """Filtered states of 8 chunks of 32 steps, [B, T, ...], with the batch."""
-    batch = agent.tensors(replay.sample(8, 32))
+def train(folder: pathlib.Path, agent: type, flags: list[str]):
+    """Train an agent in folder/run, with what it prints in folder/out.txt."""
+    with open(folder / "out.txt", "a") as file, contextlib.redirect_stdout(file):
+        code = director.main([*FLAGS, f"--logdir={folder}/run", *flags], agent)
+    if code != 0:
+        raise RuntimeError(f"training ended with code {code}: {(folder / 'out.txt').read_text()}")
+
+
+def load_replay(folder: pathlib.Path, agent: Director) -> director.Replay:
+    replay = director.Replay(10**6)
+    replay.load(folder / "run/replay", agent.resumed_from["episodes"])
+    return replay
+
+
+def filtered_states(agent: Director, replay: director.Replay) -> dict[str, torch.Tensor]:
+    """A replay batch with its filtered states: [8, 32, ...]."""
+    batch = agent.tensors(replay.sample(BATCH, LENGTH))
     with torch.no_grad():
         return {**batch, **agent.world_model.observe(batch)}
 
 
-def replayed(logdir: str, agent: director.Director) -> director.Replay:
-    replay = director.Replay(10**6)
-    replay.load(pathlib.Path(logdir) / "run/replay", agent.resumed_from["episodes"])
-    return replay
+def cells_of(state) -> torch.Tensor:
+    """The cell (x, y) in each observation of Grid: [..., 12] -> [..., 2]."""
+    return torch.as_tensor(state).unflatten(-1, (2, 6)).argmax(-1)
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks, equal values sharing their mean rank."""
+    """Ranks of the numbers; equal numbers share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-def distances(agent: director.Director, replay: director.Replay) -> dict[str, float]:
-    """What distances between codes say, over 8 batches of 8x32.
+def entropy(counts: np.ndarray) -> np.ndarray:
+    """Entropy in nats of each row of counts: [rows, n] -> [rows]."""
+    p = counts / counts.sum(-1, keepdims=True)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
 
-    moves: their rank correlation with numbers of moves between cells. same_cell: the mean of those
-    between visits to one cell, as a share of all. rank: share of states K steps after others that
-    are nearer to a state than its own successor is.
+
+# ---- Is the idea at work? -------------------------------------------------------------------
+
+
+def code_distances(agent: higl.Agent, replay: director.Replay) -> dict[str, float]:
+    """What distances between the codes of states say about the grid (higl).
+
+    moves: rank correlation with the number of moves between the cells. same_cell: mean distance
+    between two visits to one cell, as a fraction of the mean distance. rank: fraction of states K
+    steps after others that are nearer to a state than its own successor.
     """
-    found, k = [], agent.config.goal_duration
-    for _ in range(8):
-        seen = states(agent, replay)
-        cells = seen["state"].unflatten(-1, (2, 6)).argmax(-1).float()
+    k = agent.config.goal_duration
+    found = []
+    for _ in range(BATCHES):
+        states = filtered_states(agent, replay)
         with torch.no_grad():
-            codes = agent.goals.encode(seen["deter"])
-        weight = same_episode(seen["is_first"], k).flatten()
-        ways = torch.cdist(codes[:, :-k].flatten(0, 1), codes[:, k:].flatten(0, 1))
-        rank = (ways < ways.diagonal()[:, None]).float().mean(-1)[weight].mean()
-        codes, cells = codes.flatten(0, 1), cells.flatten(0, 1)
-        moves, far = torch.cdist(cells, cells, p=1), torch.cdist(codes, codes)
-        pairs = torch.ones_like(far).triu(1).bool()
-        moves, far = moves[pairs].numpy(), far[pairs].numpy()
-        correlation = np.corrcoef(ranks(moves), ranks(far))[0, 1]
-        found.append((correlation, far[moves == 0].mean() / far.mean(), float(rank)))
-    return dict(zip(("moves", "same_cell", "rank"), np.mean(found, 0).tolist(), strict=True))
+            codes = agent.goals.encode(states["deter"])  # [B, T, D]
+
+        # Successors against the states K steps after others.
+        valid = same_episode(states["is_first"], k).flatten()
+        distance = torch.cdist(codes[:, :-k].flatten(0, 1), codes[:, k:].flatten(0, 1))
+        rank = (distance < distance.diagonal()[:, None]).float().mean(-1)[valid].mean()
+
+        # All pairs of states.
+        cells = cells_of(states["state"]).flatten(0, 1).float()
+        codes = codes.flatten(0, 1)
+        pairs = torch.ones(len(codes), len(codes)).triu(1).bool()
+        moves = torch.cdist(cells, cells, p=1)[pairs].numpy()
+        distance = torch.cdist(codes, codes)[pairs].numpy()
+        correlation = np.corrcoef(ranks(moves), ranks(distance))[0, 1]
+        found.append((correlation, distance[moves == 0].mean() / distance.mean(), float(rank)))
+    moves, same_cell, rank = np.mean(found, 0).tolist()
+    return {"moves": moves, "same_cell": same_cell, "rank": rank}
 
 
-def ends(agent: director.Director, copies: int = 32, steps: int = 20) -> tuple[float, float]:
-    """Entropy of the cell after 20 steps in the grid: given 32 of all skills, 32 of one skill."""
+def end_entropies(agent: diayn.Agent, copies: int = 32, steps: int = 20) -> tuple[float, float]:
+    """Entropy of the cell after 20 steps of 32 players (diayn).
+
+    First for players with all skills mixed, then the mean over skills for players with one skill.
+    """
     skills = agent.config.skills
-    agent.pick = lambda state: torch.eye(skills).repeat(copies, 1)
+    agent.sample_skill = lambda state: torch.eye(skills).repeat(copies, 1)
     with director.vector_envs(agent.config, skills * copies) as envs:
-        driver, state = director.Driver(envs, 0), None
+        driver = director.Driver(envs, 0)
+        state = None
         for _ in range(steps):
             action, state = agent.policy(driver.rows, state)
             driver.step(action.numpy())
-    cell = driver.rows["state"].reshape(copies, skills, 2, 6).argmax(-1) @ [6, 1]
-    counts = np.stack([np.bincount(x, minlength=36) for x in cell.T])  # [skills, cells]
-
-    def entropy(p):
-        p = p / p.sum(-1, keepdims=True)
-        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
-
-    shuffled = np.random.default_rng(0).permutation(cell.flatten()).reshape(cell.T.shape)
-    mixed = np.stack([np.bincount(x, minlength=36) for x in shuffled])  # as many a row, so unbiased
-    return float(entropy(mixed).mean()), float(entropy(counts).mean())
+    cell = (cells_of(driver.rows["state"]) @ torch.tensor([6, 1])).numpy()
+    by_skill = cell.reshape(copies, skills).T
+    # As many players per row, so that both estimates have the same bias.
+    mixed = np.random.default_rng(0).permutation(cell).reshape(by_skill.shape)
+    return tuple(
+        float(entropy(np.stack([np.bincount(row, minlength=36) for row in cells])).mean())
+        for cells in (mixed, by_skill))
 
 
 def option_differences(agent: options.Agent, replay: director.Replay) -> dict[str, float]:
-    """How much options differ in replayed states, over 8 batches of 8x32.
+    """How much options differ in replayed states.
 
-    values: the deviation of Q between options, as a share of that over states and options.
-    actions: total variation between the actions' distributions of two options, 0 to 1.
+    values: standard deviation of Q between options, as a fraction of that over states and options.
+    actions: total variation between the action distributions of two options, 0 to 1.
     """
-    count, found = agent.config.options, []
-    for _ in range(8):
-        seen = states(agent, replay)
-        state = torch.cat([seen["deter"], seen["stoch"]], -1).flatten(0, 1)
-        each = torch.eye(count)[:, None].expand(-1, len(state), -1)
+    count = agent.config.options
+    found = []
+    for _ in range(BATCHES):
+        states = filtered_states(agent, replay)
+        state = torch.cat([states["deter"], states["stoch"]], -1).flatten(0, 1)  # [N, F]
+        option = torch.eye(count)[:, None].expand(-1, len(state), -1)
         with torch.no_grad():
-            feat = torch.cat([state.expand(count, -1, -1), each], -1)  # [W, N, F]
+            feat = torch.cat([state.expand(count, -1, -1), option], -1)  # [options, N, F]
             probs = agent.worker.dist(feat).probs
             values = director.symexp(agent.worker.critics["extr"](feat))
-        pairs = [(probs[i] - probs[j]).abs().sum(-1).mean() / 2
-                 for i, j in itertools.combinations(range(count), 2)]
-        found.append((values.std(0, correction=0).mean() / values.std(), np.mean(pairs)))
-    return dict(zip(("values", "actions"), np.mean(found, 0).tolist(), strict=True))
+        variations = [(probs[i] - probs[j]).abs().sum(-1).mean() / 2
+                      for i, j in itertools.combinations(range(count), 2)]
+        found.append((values.std(0, correction=0).mean() / values.std(), np.mean(variations)))
+    values, actions = np.mean(found, 0).tolist()
+    return {"values": values, "actions": actions}
 
 
-def option_use(agent: options.Agent, copies: int = 32) -> dict:
-    """One episode in each of 32 grids: how long options last, how many are used, what each earns.
+def option_use(agent: options.Agent, players: int = 32) -> dict:
+    """How an agent uses its options in one episode of each of 32 players.
 
-    length: 1 over the mean chance to end. same: mean number of steps until another one is active.
-    used: exp of the entropy of which option is active. alone: the return of each without others.
+    length: 1 over the mean probability to end. same: mean number of steps until another option is
+    active. used: exp of the entropy of which option is active. return: of the agent. alone: the
+    return of each option when it is the only one.
     """
-    count, choose, scores = agent.config.options, agent.choose, []
-    for only in (None, *torch.eye(count)):
-        if only is not None:
-            agent.choose = lambda state, steps, only=only: {"option": only.expand(copies, -1)}
+    count, choose = agent.config.options, agent.choose
+
+    def play() -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Mean return; the active option [T, players]; the probabilities to end [T, players]."""
         active, ends = [], []
-        with director.vector_envs(agent.config, copies) as envs:
-            driver, state = director.Driver(envs, 0), None
+        with director.vector_envs(agent.config, players) as envs:
+            driver = director.Driver(envs, 0)
+            state = None
             while not driver.rows["is_last"][0]:
                 action, state = agent.policy(driver.rows, state)
                 driver.step(action.numpy())
                 active.append(state["option"].argmax(-1))
-                ends.append(state.get("beta"))
-        scores.append(float(driver.score.mean()))
-        if only is None:
-            active, ends = torch.stack(active), torch.stack(ends)[1:]
-            share = active.flatten().bincount(minlength=count) / active.numel()
-            other = (active[1:] != active[:-1]).float().mean()
-            use = {"length": float(1 / ends.mean()), "same": float(1 / other.clamp(min=1e-3)),
-                   "used": float(torch.special.entr(share).sum().exp())}
+                ends.append(state.get("beta", torch.zeros(players)))
+        return float(driver.score.mean()), torch.stack(active), torch.stack(ends)
+
+    score, active, ends = play()
+    fractions = active.flatten().bincount(minlength=count) / active.numel()
+    changes = (active[1:] != active[:-1]).float().mean()
+    alone = []
+    for option in torch.eye(count):
+        agent.choose = lambda state, steps, option=option: {"option": option.expand(players, -1)}
+        alone.append(play()[0])
     agent.choose = choose
-    return {**use, "return": scores[0], "alone": scores[1:]}
+    return {"length": float(1 / ends[1:].mean()), "same": float(1 / changes.clamp(min=1e-3)),
+            "used": float(torch.special.entr(fractions).sum().exp()), "return": score,
+            "alone": alone}
 
 
-def obeyed(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
-    """What goals of the top's that are drawn uniformly pay the middle in the end, and others' do.
+def random_top_goals(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
+    """How close the middle level of hac comes to uniformly drawn goals of the top level.
 
-    The goals that it picks are soon alike, and exchanging like with like tells nothing.
+    last: its reward at the last step of such a goal. other: the same with exchanged goals. (The
+    goals that the top level chooses soon resemble each other, so exchanging them shows nothing.)
     """
     agent.top.dist = lambda feat: director.OneHot(
         torch.zeros(*feat.shape[:-1], *agent.top.action))
     found = []
-    for _ in range(8):
-        starts = {key: value.flatten(0, 1) for key, value in states(agent, replay).items()
-                  if key in ("deter", "stoch", "is_terminal")}
+    for _ in range(BATCHES):
+        states = filtered_states(agent, replay)
+        starts = {key: states[key].flatten(0, 1) for key in ("deter", "stoch", "is_terminal")}
         with torch.no_grad():
             metrics = agent.train_imagined(agent.imagine(starts))
-        found.append([float(metrics[f"reach_{key}"]) for key in ("last", "other")])
-    return dict(zip(("last", "other"), np.mean(found, 0).tolist(), strict=True))
+        found.append([float(metrics["reach_last"]), float(metrics["reach_other"])])
+    last, other = np.mean(found, 0).tolist()
+    return {"last": last, "other": other}
 
 
-def half_walks(replay: director.Replay, side: int, amount: int, seed: int):
-    """Add random walks of 32 steps in one half of the grid, each from some cell of it."""
-    rng, env = np.random.default_rng(seed), Grid()
-    for _ in range(amount):
-        obs, _ = env.reset()
-        env.cell = np.array([3 * side, 0]) + rng.integers((3, 6))
-        action = 0
-        for t in range(33):
-            obs = np.eye(6, dtype=np.float32)[env.cell].flatten()
-            row = {"state": obs, "action": np.eye(5, dtype=np.float32)[action] * (t > 0),
-                   "reward": np.float32(0), "is_first": t == 0, "is_last": t == 32,
-                   "is_terminal": False}
-            replay.add({key: np.array(value)[None] for key, value in row.items()})
-            action = int(rng.integers(5))
-            before = env.cell
-            env.step(action)
-            if env.cell[0] // 3 != side:
-                env.cell, action = before, 0  # a wall, as if it had stayed
-def reaching(agent: director.Director, replay: director.Replay) -> dict[str, float]:
-    """Shares of goals that are reached within K steps by the worker, and by random actions.
+def reached_in_imagination(agent: Director, replay: director.Replay) -> dict[str, float]:
+    """Fraction of goals that the worker, and that random actions, reach within K imagined steps.
 
-    manager: its goals, in imagination; seen: states from 1 to K steps later in replay, there, too,
-    both of those that are not reached at the start. grid: in the grid itself, after 30 random
-    steps, cells of replayed states that are from 1 to K moves away, the states being the goals.
+    manager: goals that the manager chooses. replayed: states from 1 to K steps later in the replay.
+    Goals that are reached at the start do not count.
     """
-    k, dist, choose, found = agent.config.goal_duration, agent.worker.dist, agent.choose, {}
-    limit = getattr(agent.config, "reached", hindsight.Config.reached)
+    k, dist = agent.config.goal_duration, agent.worker.dist
+    threshold = getattr(agent.config, "reached", hindsight.Config.reached)
 
-    def random(feat):
+    def random_actions(feat: torch.Tensor) -> director.OneHot:
         return director.OneHot(torch.zeros(len(feat), 5))
 
-    for _ in range(8):
-        seen = states(agent, replay)
-        same = same_episode(seen["is_first"], k).flatten()
-        starts = {key: seen[key][:, :-k].flatten(0, 1)[same] for key in (
-            "deter", "stoch", "is_terminal")}
-        later = torch.arange(32 - k) + torch.randint(1, k + 1, (8, 32 - k))
-        goal = seen["deter"][torch.arange(8)[:, None], later].flatten(0, 1)[same]
-        for name, more in (("manager", {}), ("seen", {"goal": goal})):
-            for who, agent.worker.dist in (("worker", dist), ("random", random)):
+    found = {}
+    for _ in range(BATCHES):
+        states = filtered_states(agent, replay)
+        same = same_episode(states["is_first"], k).flatten()
+        starts = {key: states[key][:, :-k].flatten(0, 1)[same]
+                  for key in ("deter", "stoch", "is_terminal")}
+        later = torch.arange(LENGTH - k) + torch.randint(1, k + 1, (BATCH, LENGTH - k))
+        goal = states["deter"][torch.arange(BATCH)[:, None], later].flatten(0, 1)[same]
+        for goals, given in (("manager", {}), ("replayed", {"goal": goal})):
+            for actions, policy in (("worker", dist), ("random", random_actions)):
+                agent.worker.dist = policy
                 with torch.no_grad():
-                    traj = agent.imagine({**starts, **more})
-                near = director.max_cosine(traj["goal"][0], traj["deter"][: k + 1]) > limit
-                found.setdefault(f"{name}_{who}", []).append(near[1:].any(0)[~near[0]].float())
-    found, agent.worker.dist = {key: float(torch.cat(x).mean()) for key, x in found.items()}, dist
+                    traj = agent.imagine({**starts, **given})
+                near = director.max_cosine(traj["goal"][0], traj["deter"][: k + 1]) > threshold
+                reached = near[1:].any(0)[~near[0]].float()
+                found.setdefault(f"{goals}_{actions}", []).append(reached)
+    agent.worker.dist = dist
+    return {key: float(torch.cat(reached).mean()) for key, reached in found.items()}
 
-    pool = [states(agent, replay) for _ in range(4)]
-    deter = torch.cat([x["deter"].flatten(0, 1) for x in pool])
-    place = torch.cat([x["state"].flatten(0, 1) for x in pool]).unflatten(-1, (2, 6)).argmax(-1)
-    for who in ("worker", "random"):
-        agent.choose, rng = choose, np.random.default_rng(0)
-        with director.vector_envs(agent.config, 256) as envs:
-            driver, state, hit = director.Driver(envs, 0), None, False
-            for t in range(30 + k):
-                cell = torch.as_tensor(driver.rows["state"]).unflatten(-1, (2, 6)).argmax(-1)
-                if t == 30:
-                    moves = (cell[:, None] - place).abs().sum(-1)
-                    near = ((moves > 0) & (moves <= k)).numpy()
-                    goals = [rng.choice(np.flatnonzero(x)) for x in near]
-                    agent.choose = lambda state, count: {"goal": deter[goals]}  # noqa: B023
-                if t > 30:
-                    hit = hit | (cell == place[goals]).all(-1)
-                action, state = agent.policy(driver.rows, state)
-                if t < 30 or who == "random":
-                    action = torch.as_tensor(driver.random(), dtype=torch.float32)
-                    state["action"] = action
-                driver.step(action.numpy())
-            cell = torch.as_tensor(driver.rows["state"]).unflatten(-1, (2, 6)).argmax(-1)
-            found[f"grid_{who}"] = float((hit | (cell == place[goals]).all(-1)).float().mean())
-    agent.choose = choose
+
+def reached_in_grid(agent: Director, replay: director.Replay, players: int = 256) -> dict:
+    """Fraction of cells that the worker, and that random actions, reach within K steps in the grid.
+
+    After 30 random steps, the goal is a replayed state whose cell is from 1 to K moves away.
+    """
+    k, choose = agent.config.goal_duration, agent.choose
+    pool = [filtered_states(agent, replay) for _ in range(4)]
+    deter = torch.cat([states["deter"].flatten(0, 1) for states in pool])
+    pool_cells = torch.cat([cells_of(states["state"]).flatten(0, 1) for states in pool])
+    found = {}
+    for actions in ("worker", "random"):
+        rng = np.random.default_rng(0)
+        with director.vector_envs(agent.config, players) as envs:
+            driver = director.Driver(envs, 0)
+            state = None
+            for _ in range(30):
+                _, state = agent.policy(driver.rows, state)
+                state["action"] = torch.as_tensor(driver.random_action(), dtype=torch.float32)
+                driver.step(state["action"].numpy())
+
+            moves = (cells_of(driver.rows["state"])[:, None] - pool_cells).abs().sum(-1)
+            near = ((moves > 0) & (moves <= k)).numpy()  # [players, pool]
+            goals = [rng.choice(np.flatnonzero(row)) for row in near]
+            agent.choose = lambda state, count, goals=goals: {"goal": deter[goals]}
+            hit = torch.zeros(players, dtype=torch.bool)
+            for _ in range(k):
+                _, state = agent.policy(driver.rows, state)
+                if actions == "random":
+                    state["action"] = torch.as_tensor(driver.random_action(), dtype=torch.float32)
+                driver.step(state["action"].numpy())
+                hit |= (cells_of(driver.rows["state"]) == pool_cells[goals]).all(-1)
+            agent.choose = choose
+        found[f"grid_{actions}"] = float(hit.float().mean())
     return found
 
 
-def half_world(name: str, seed: int) -> dict:
-    """Disagreement on both halves of the grid of an agent that has seen only the one."""
+# ---- Experiments: each returns the row of a run ---------------------------------------------
+
+
+def compare(name: str, seed: int) -> dict:
+    """Train an agent on the grid and measure whether its idea is at work."""
+    agent_class, flags = AGENTS[name]
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        train(folder, agent_class, ["--steps=8200", f"--seed={seed}", *flags])
+        lines = [json.loads(line) for line in open(folder / "run/metrics.jsonl")]
+        episodes = [(x["step"], x["episode/score"]) for x in lines if "episode/score" in x]
+        logged = [x for x in lines if "train/model_loss" in x]
+        scores = [score for _, score in episodes]
+        row = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
+               "curve": [np.mean(part) for part in np.array_split(scores, 8)],
+               "seconds": time.time() - start,
+               "return_by": {  # gradient steps: mean return of training episodes until then
+                   count: np.mean([score for step, score in episodes
+                                   if PREFILL < step <= PREFILL + TRAIN_EVERY * count])
+                   for count in (50, 100, 200, 400)}}
+        for key in LOGGED:
+            if f"train/{key}" in logged[-1]:
+                row[key] = [logged[0][f"train/{key}"], logged[-1][f"train/{key}"]]
+        agent = director.load(folder / "run", agent_class)
+        replay = load_replay(folder, agent)
+        if name.startswith("higl"):
+            row["distances"] = code_distances(agent, replay)
+            agent.goals = agent.Goals(agent.config)
+            row["distances_untrained"] = code_distances(agent, replay)
+        if name.startswith("hac"):
+            row["random_top_goals"] = random_top_goals(agent, replay)
+        if name.startswith("hindsight") or name == "director":
+            row["reaching"] = {
+                **reached_in_imagination(agent, replay), **reached_in_grid(agent, replay)}
+        if name.startswith("diayn"):
+            row["end_entropy"], row["end_entropy_given_skill"] = end_entropies(agent)
+        if name.startswith("options"):
+            row["options"] = {**option_differences(agent, replay), **option_use(agent)}
+            agent.worker = agent_class(agent.obs_space, agent.act_space, agent.config).worker
+            row["options_untrained"] = option_differences(agent, replay)
+            row["option_lengths"] = [x["train/worker_option_length"] for x in logged]
+    return row
+
+
+def add_walks(replay: director.Replay, half: int, amount: int, seed: int):
+    """Add random walks of 32 steps that stay in one half of the grid, columns 0-2 or 3-5."""
+    rng, env = np.random.default_rng(seed), Grid()
+    for _ in range(amount):
+        env.reset()
+        env.cell = np.array([3 * half, 0]) + rng.integers((3, 6))
+        action = 0
+        for t in range(LENGTH + 1):
+            replay.add({
+                "state": np.eye(6, dtype=np.float32)[env.cell].flatten()[None],
+                "action": np.eye(5, dtype=np.float32)[[action]] * (t > 0),
+                "reward": np.zeros(1, np.float32), "is_first": np.array([t == 0]),
+                "is_last": np.array([t == LENGTH]), "is_terminal": np.array([False])})
+            action = int(rng.integers(5))
+            before = env.cell
+            env.step(action)
+            if env.cell[0] // 3 != half:  # the middle of the grid is a wall: the player stays
+                env.cell, action = before, 0
+
+
+def make_agent(agent_class: type, flags: list[str], seed: int) -> Director:
+    """An untrained agent for the grid."""
+    config = agent_class.Config(**director.parse_args([*FLAGS, *flags], agent_class.Config))
+    torch.manual_seed(seed)
+    obs_space = spaces.Dict({"state": Grid.observation_space})
+    return agent_class(obs_space, Grid.action_space, config)
+
+
+def disagree_on_halves(name: str, seed: int) -> dict:
+    """Disagreement in both halves of the grid when an agent has trained in one of them only."""
     replays = [director.Replay(10**6, seed) for _ in range(2)]
-    for side in range(2):
-        half_walks(replays[side], side, 40, seed)
-    config = disagreement.Config(**director.parse_args(
-        [*GRID, f"--disagreement_target={name.split()[-1]}"], disagreement.Config))
-    torch.manual_seed(seed)
-    agent = disagreement.Agent(
-        director.spaces.Dict({"state": Grid.observation_space}), Grid.action_space, config)
+    for half, replay in enumerate(replays):
+        add_walks(replay, half, 40, seed)
+    agent = make_agent(disagreement.Agent, [f"--disagreement_target={name.split()[-1]}"], seed)
 
-    def look() -> list[float]:
-        found = []
-        for replay in replays:
-            means = []
-            for _ in range(8):
-                seen = states(agent, replay)
-                known = [seen["deter"][:, :-1], seen["stoch"][:, :-1], seen["action"][:, 1:]]
-                with torch.no_grad():
-                    new = agent.ensemble.disagreement(torch.cat(known, -1))
-                means.append(float(new[same_episode(seen["is_first"], 1)].mean()))
-            found.append(np.mean(means))
-        return found
+    def measure(replay: director.Replay) -> float:
+        means = []
+        for _ in range(BATCHES):
+            states = filtered_states(agent, replay)
+            inputs = [states["deter"][:, :-1], states["stoch"][:, :-1], states["action"][:, 1:]]
+            with torch.no_grad():
+                values = agent.ensemble.disagreement(torch.cat(inputs, -1))
+            means.append(float(values[same_episode(states["is_first"], 1)].mean()))
+        return float(np.mean(means))
 
-    untrained = look()
+    row = {"agent": name, "seed": seed, "untrained_known": measure(replays[0]),
+           "untrained_new": measure(replays[1])}
     for _ in range(300):
-        agent.train_step(replays[0].sample(8, 32))
-    known, new = look()
-    return {"agent": name, "seed": seed, "untrained_known": untrained[0],
-            "untrained_new": untrained[1], "known": known, "new": new}
+        agent.train_step(replays[0].sample(BATCH, LENGTH))
+    return {**row, "known": measure(replays[0]), "new": measure(replays[1])}
 
 
-def rare(name: str, seed: int) -> dict:
-    """How fast a model learns of what is new and rare in its replay.
+def learn_rare_states(name: str, seed: int) -> dict:
+    """How fast a world model learns what is new and rare in its replay.
 
-    It learns from 40 walks in the one half of the grid. After 100 gradient steps 2 walks in the
-    other half arrive. errors: gradient steps since then, with the model's errors (its loss without
-    the KL) on 40 other walks there, and on 40 in the old half.
+    It learns from 40 walks in one half of the grid. After 100 gradient steps, 2 walks in the other
+    half are added. errors: {gradient steps since then: [error in the new half, in the old one]};
+    an error is the model's loss without the KL on 40 walks that it does not train on.
     """
-    agent, flags = RARE[name]
-    config = agent.Config(**director.parse_args(
-        [*GRID, "--agent=dreamer", *flags], agent.Config))
-    torch.manual_seed(seed)
-    made = agent(director.spaces.Dict({"state": Grid.observation_space}), Grid.action_space, config)
-    made.imagine = made.player_trajectories = lambda _: {}  # the model alone learns
-    replay, tests = agent.Replay(10**6, seed), []
-    replay.agent = made
-    half_walks(replay, 0, 40, seed)
-    for side in (1, 0):
-        other = director.Replay(10**6)
-        half_walks(other, side, 40, seed + 1000)
-        tests.append(made.tensors({key: np.stack([x[key] for x in other.episodes.values()])
-                                   for key in other.episodes[0]}))
+    agent_class, flags = RARE[name]
+    agent = make_agent(agent_class, [*FLAT, *flags], seed)
+    agent.imagine = agent.player_trajectories = lambda _: {}  # only the world model learns
+    replay = agent_class.Replay(10**6, seed)
+    replay.agent = agent
+    add_walks(replay, 0, 40, seed)
+    tests = []
+    for half in (1, 0):
+        walks = director.Replay(10**6)
+        add_walks(walks, half, 40, seed + 1000)
+        episodes = list(walks.episodes.values())
+        tests.append(agent.tensors({key: np.stack([episode[key] for episode in episodes])
+                                    for key in episodes[0]}))
 
     def error(batch: dict) -> float:
+        scale = agent.world_model.kl_adapt.scale
+        before = scale.clone()
         with torch.no_grad():
-            before = made.world_model.kl_adapt.scale.clone()
-            _, _, metrics = made.world_model.loss(batch)
-            made.world_model.kl_adapt.scale.copy_(before)
+            _, _, metrics = agent.world_model.loss(batch)
+            scale.copy_(before)
         return float(sum(metrics[f"{key}_loss"] for key in ("state", "reward", "cont")))
 
-    result = {"agent": name, "seed": seed, "errors": {}}
+    errors = {}
     for step in range(141):
         if step == 100:
-            half_walks(replay, 1, 2, seed + 2000)
+            add_walks(replay, 1, 2, seed + 2000)
         if step - 100 in (0, 5, 10, 20, 40):
-            result["errors"][step - 100] = [error(batch) for batch in tests]
-        made.train_step(replay.sample(8, 32))
-    return result
+            errors[step - 100] = [error(batch) for batch in tests]
+        agent.train_step(replay.sample(BATCH, LENGTH))
+    return {"agent": name, "seed": seed, "errors": errors}
 
 
-def relative(name: str, seed: int) -> dict:
-    (agent, flags), start = AGENTS[name], time.time()
-    with tempfile.TemporaryDirectory() as logdir:
-        run(logdir, agent, ["--steps=8200", f"--seed={seed}", *flags])
-        text = (pathlib.Path(logdir) / "run/metrics.jsonl").read_text()
-        lines = [json.loads(x) for x in text.splitlines()]
-        times, scores = zip(*[(x["step"], x["episode/score"]) for x in lines
-                              if "episode/score" in x], strict=True)
-        logged = [x for x in lines if "train/model_loss" in x]
-        curve = np.array_split(scores, 8)  # from 1,000 steps to the next, about
-        result = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
-                  "curve": [np.mean(part) for part in curve], "seconds": time.time() - start}
-        result["return_by"] = {  # gradient steps: mean over all episodes that ended until then
-            n: np.mean([score for step, score in zip(times, scores, strict=True)
-                        if 1000 < step <= 1000 + 8 * n]) for n in (50, 100, 200, 400)}
-        for key in TELL_TALES:
-            if f"train/{key}" in logged[-1]:
-                result[key] = [x[f"train/{key}"] for x in (logged[0], logged[-1])]
-        made = director.load(f"{logdir}/run", agent)
-        if name.startswith("higl"):
-            replay, fresh = replayed(logdir, made), agent.Goals(made.config)
-            result["distances"] = distances(made, replay)
-            made.goals = fresh
-            result["distances_untrained"] = distances(made, replay)
-        if name.startswith("hac"):
-            result["obeyed"] = obeyed(made, replayed(logdir, made))
-        if name.startswith("hindsight") or name == "director":
-            result["reaching"] = reaching(made, replayed(logdir, made))
-        if name.startswith("diayn"):
-            result["end_entropy"], result["end_entropy_given_skill"] = ends(made)
-        if name.startswith("options"):
-            replay = replayed(logdir, made)
-            result["options"] = {**option_differences(made, replay), **option_use(made)}
-            fresh = agent(made.obs_space, made.act_space, made.config)
-            made.worker = fresh.worker
-            result["options_untrained"] = option_differences(made, replay)
-            result["option_lengths"] = [x["train/worker_option_length"] for x in logged]
-    return result
+def search(name: str, seed: int) -> Iterator[dict]:
+    """Returns of an agent that searches, after 100, 200 and 400 gradient steps; a row per search.
 
-
-def planners(name: str, seed: int):
-    """Ten episodes with each way to search, of an agent after 100, 200 and 400 gradient steps."""
-    ways = {"none": [], "shooting": ["--rounds=1"], "actions": [], "mcts": [], "codes": []}
-    flags = AGENTS[name][1]
-    with tempfile.TemporaryDirectory() as logdir:
+    Each row has the mean return of ten episodes and the seconds per action in one environment.
+    """
+    searches = {"none": ["--planner=none"], "shooting": ["--planner=actions", "--rounds=1"],
+                "actions": ["--planner=actions"], "mcts": ["--planner=mcts"],
+                "codes": ["--planner=codes"]}
+    if name == "flat":
+        del searches["codes"]  # which the flat agent does not have
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
         for updates in (100, 200, 400):
-            steps = 1000 + 8 * updates
-            run(logdir, director.Director, [*flags, f"--seed={seed}", f"--steps={steps}"])
-            for way, more in ways.items():
-                if (name, way) == ("flat", "codes"):
-                    continue
-                planner_flag = f"--planner={'actions' if way == 'shooting' else way}"
-                agent = director.load(f"{logdir}/run", planner.Agent, **director.parse_args(
-                    [planner_flag, *more], planner.Config))
+            steps = PREFILL + TRAIN_EVERY * updates
+            train(folder, Director, [*AGENTS[name][1], f"--seed={seed}", f"--steps={steps}"])
+            for key, flags in searches.items():
+                flags = director.parse_args(flags, planner.Config)
+                agent = director.load(folder / "run", planner.Agent, **flags)
                 torch.manual_seed(seed)
-                times = []
-                for amount in (1, 10):  # the first for the time
-                    with director.vector_envs(agent.config, amount) as envs:
-                        driver, state, start = director.Driver(envs, seed), None, time.time()
-                        while not driver.rows["is_last"][0]:
-                            action, state = agent.policy(driver.rows, state, mode="eval")
-                            driver.step(action.numpy())
-                        times.append(time.time() - start)
-                yield {"agent": f"{name}, {way}", "seed": seed, "updates": updates,
-                       "return": driver.score.mean(), "seconds_per_action": times[0] / 60}
+                _, seconds = play_episodes(agent, 1)
+                scores, _ = play_episodes(agent, 10)
+                yield {"agent": f"{name}, {key}", "seed": seed, "updates": updates,
+                       "return": scores.mean(), "seconds_per_action": seconds / 60}
 
 
-def speed(rounds: int = 15):
-    """Milliseconds of a train step at xs, pixels, discrete and continuous; agents take turns."""
+def play_episodes(agent: Director, players: int) -> tuple[np.ndarray, float]:
+    """One episode of each player, with the worker's most likely actions: returns, and seconds."""
+    with director.vector_envs(agent.config, players) as envs:
+        driver = director.Driver(envs, agent.config.seed)
+        state, start = None, time.time()
+        while not driver.rows["is_last"][0]:
+            action, state = agent.policy(driver.rows, state, mode="eval")
+            driver.step(action.numpy())
+        return driver.score, time.time() - start
+
+
+def time_train_steps(rounds: int = 15, size: str = "xs"):
+    """Print milliseconds of train steps on images, which all agents make in turn."""
+    rng = np.random.default_rng(0)
     names = ["director", "feudal", "higl", "diayn", "disagreement", "hindsight", "options", "hac",
              "prioritized", "hdreamer", "gaussian", "flat", "disagreement, flat", "dyna_q"]
-    rng, space = np.random.default_rng(0), director.spaces.Dict({"image": director.IMAGE})
-    for actions in (director.spaces.Discrete(5), director.spaces.Box(-1, 1, (6,), np.float32)):
-        if isinstance(actions, director.spaces.Box):
-            names.remove("dyna_q")  # which has none of these
-        size = int(actions.n) if isinstance(actions, director.spaces.Discrete) else 6
-        batch = {"image": rng.integers(0, 256, (8, 32, 64, 64, 3), np.uint8),
-                 "action": np.eye(size, dtype=np.float32)[rng.integers(size, size=(8, 32))],
-                 "reward": rng.normal(size=(8, 32)).astype(np.float32),
-                 **{f"is_{x}": np.zeros((8, 32), bool) for x in ("first", "last", "terminal")}}
-        agents = []
+    for act_space in (spaces.Discrete(5), spaces.Box(-1, 1, (6,), np.float32)):
+        discrete = isinstance(act_space, spaces.Discrete)
+        actions = 5 if discrete else 6
+        batch = {"image": rng.integers(0, 256, (BATCH, LENGTH, 64, 64, 3), np.uint8),
+                 "action": np.eye(actions, dtype=np.float32)[
+                     rng.integers(actions, size=(BATCH, LENGTH))],
+                 "reward": rng.normal(size=(BATCH, LENGTH)).astype(np.float32)}
+        for key in ("is_first", "is_last", "is_terminal"):
+            batch[key] = np.zeros((BATCH, LENGTH), bool)
+        agents = {}
         for name in names:
-            agent, flags = AGENTS[name]
-            flags = [] if name == "hdreamer" else flags  # those are for the grid
-            flags = director.parse_args(flags, agent.Config)
-            config = agent.Config(size="xs", device="cpu", **flags)
-            agents.append(agent(space, actions, config))
-        times = np.zeros((rounds, len(names)))
-        for i, (j, agent) in itertools.product(range(rounds), enumerate(agents)):
+            if name == "dyna_q" and not discrete:
+                continue  # it needs discrete actions
+            agent_class, flags = AGENTS[name]
+            flags = [] if name == "hdreamer" else flags  # its flags are for the grid
+            flags = director.parse_args([*flags, f"--size={size}"], agent_class.Config)
+            config = agent_class.Config(**{**flags, "device": "cpu"})
+            obs_space = spaces.Dict({"image": director.IMAGE})
+            agents[name] = agent_class(obs_space, act_space, config)
+        times = np.zeros((rounds, len(agents)))
+        for i, (j, agent) in itertools.product(range(rounds), enumerate(agents.values())):
             start = time.perf_counter()
             agent.train_step(batch)
             times[i, j] = time.perf_counter() - start
-        ratios = np.median(times[3:] / times[3:, :1], 0)
-        for row in zip(names, 1000 * np.median(times[3:], 0), ratios, strict=True):
-            print(f"{type(actions).__name__:9}", "{:20} {:7.1f} ms {:6.3f}".format(*row))
+        times = times[rounds // 5 :]  # without the first, slower ones
+        milliseconds = 1000 * np.median(times, 0)
+        ratios = np.median(times / times[:, :1], 0)
+        kind = "discrete" if discrete else "continuous"
+        for name, each, ratio in zip(agents, milliseconds, ratios, strict=True):
+            print(f"{kind:10} {name:20} {each:7.1f} ms {ratio:6.3f} of director's")
 
 
-def main(seeds: list[int], only: list[str], out: str, planner: bool, time_steps: bool):
-    if time_steps:
-        return speed()
-    path = pathlib.Path(out)
-    done = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    for seed in seeds:
-        if planner:
-            results = itertools.chain(planners("director", seed), planners("flat", seed))
+def rows(seeds: list[int], only: list[str], done: set) -> Iterator[dict]:
+    """Make all runs that are asked for and are not done."""
+    for seed, name in itertools.product(seeds, [*HALF_WORLDS, *RARE, *AGENTS]):
+        if only and name not in only and name.split(",")[0] not in only:
+            continue
+        if (name, seed) in done:
+            continue
+        if name in AGENTS:
+            yield compare(name, seed)
+        elif name in RARE:
+            yield learn_rare_states(name, seed)
         else:
-            halves = [f"half world, {target}" for target in ("stoch", "embed", "deter")]
-            names = [x for x in (*halves, *RARE, *AGENTS)
-                     if not only or {x, x.split(",")[0]} & {*only}]
-            names = [x for x in names if (x, seed) not in [(y["agent"], y["seed"]) for y in done]]
-            results = ((relative if x in AGENTS else rare if x in RARE else half_world)(x, seed)
-                       for x in names)
-        for result in results:
-            with open(path, "a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(json.dumps(result), flush=True)
+            yield disagree_on_halves(name, seed)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[], metavar="AGENT",
                         help="some of: half world; rare; " + "; ".join(AGENTS))
-    parser.add_argument("--out", default="relatives.jsonl")
-    parser.add_argument("--planner", action="store_true", help="search, instead")
-    parser.add_argument("--time_steps", action="store_true", help="time train steps, instead")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--out", type=pathlib.Path, default="grid.jsonl", help="rows to write")
+    parser.add_argument("--planner", action="store_true", help="compare kinds of search instead")
+    parser.add_argument("--time_steps", action="store_true", help="time train steps instead")
+    args = parser.parse_args(argv)
+    if args.time_steps:
+        time_train_steps()
+        return
+    if args.planner:
+        found = itertools.chain.from_iterable(
+            search(name, seed) for seed in args.seeds for name in ("director", "flat"))
+    else:
+        lines = args.out.read_text().splitlines() if args.out.exists() else []
+        done = {(row["agent"], row["seed"]) for row in map(json.loads, lines)}
+        found = rows(args.seeds, args.only, done)
+    for row in found:
+        with open(args.out, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":  # environments may start processes
+    main()
