@@ -237,7 +237,7 @@ def background_work(item):
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "slow: trains for a minute, starts processes, or breaks disks and files")
+        "markers", "slow: takes several seconds: trains, starts processes, or breaks files")
 
 
 def pytest_collection_modifyitems(items):

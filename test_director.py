@@ -73,9 +73,10 @@ def test_the_flat_agent_accepts_any_horizon():
     assert Config(agent="dreamer", horizon=15).horizon == 15
 
 
-def test_help_shows_each_flag_with_its_choices_and_defaults():
-    done = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, check=True)
-    words = " ".join(done.stdout.split())
+def test_help_shows_each_flag_with_its_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        director.main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in words and field.metadata["text"] in words
         default = field.default
@@ -277,7 +278,7 @@ def test_trajectory_weights_stop_after_a_terminal_state():
 
 
 def counting_trajectory(horizon=16, amount=3):
-    """Each element tells its time (hundreds) and its column."""
+    """Each element is 100 times its time, plus its column."""
     index = tensor(np.arange(horizon + 1)[:, None] * 100 + np.arange(amount))
     return {
         "deter": index[..., None].repeat(1, 1, 2), "goal": index[..., None] // 800,
@@ -369,7 +370,7 @@ def test_the_weight_of_the_kl_adapts_to_the_target_in_the_flag(target, scale):
     states = {"post": torch.randn(2, 3, 16, generator=gen), "prior": torch.zeros(2, 3, 16)}
     for _ in range(3):
         loss, metrics = model.kl_loss(states)
-    close(metrics["kl_scale"], scale)  # of 0 to 1
+    close(metrics["kl_scale"], scale)  # which is at most 1
     close(loss.mean().detach(), metrics["kl"].detach() * scale, rtol=1e-5)
 
 
@@ -439,7 +440,7 @@ def test_back_propagated_actor_gradient_matches_finite_differences(modes):
         traj = agent.imagine(starts_at(deter, stoch))
         return traj["reward_goal"].double().sum()
 
-    # The stochastic state jumps, and actors see stop-gradient inputs: let neither matter.
+    # Samples are not differentiable and actors read detached states: switch both inputs off.
     agent.world_model.rssm.inputs[0].weight.data[:, :16] = 0
     actor.hidden[0].weight.data.zero_()
     actor.out.bias.data[:3] = 0.5
@@ -505,7 +506,7 @@ def test_standardized_states_give_the_same_losses_in_any_unit():
             agent = director.Director(space, spaces.Discrete(2), Config(size=size, **TINY))
             untrained, _ = agent.policy({"state": state[:, 0]})
             assert untrained.isfinite().all()
-            for _ in range(2):  # the first loss is what the moments learn from
+            for _ in range(2):  # the first call initializes the running moments
                 torch.manual_seed(1)
                 _, _, metrics = agent.world_model.loss(agent.tensors({**batch, "state": state}))
             results[size, name] = [metrics[f"{key}_loss"].item() for key in ("state", "kl")]
@@ -559,7 +560,7 @@ def test_a_subclass_can_replace_the_manager_its_goals_and_its_rewards(space):
 
 
 def test_bfloat16_gives_nearly_the_same_losses_and_gradients(modes, monkeypatch):
-    monkeypatch.setattr(director.OneHot, "rsample", lambda dist: dist.probs)  # none can flip
+    monkeypatch.setattr(director.OneHot, "rsample", lambda dist: dist.probs)  # no sample can differ
     gradients, losses = [], []
     for precision in ("float32", "bfloat16"):
         agent = make_agent(precision=precision, deter=64, hidden=64, units=64, cnn_depth=8)
@@ -575,7 +576,7 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(modes, monkeypatch)
 
 
 def test_critics_keep_the_resolution_of_float32_in_bfloat16():
-    """A choice nearer to a reward is worth 1% more, which bfloat16 would round away."""
+    """Values of neighboring states differ by 1%, which bfloat16 would round away."""
     agent = make_agent(precision="bfloat16", units=64)
     critic, feat = agent.manager.critics["extr"], torch.randn(200, 32)
     with torch.no_grad():
@@ -594,12 +595,12 @@ def test_the_fast_decoder_equals_a_chain_of_transposed_convolutions():
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses what makes the host wait for the values of a GPU."""
+    """Fails if an operation makes the CPU wait for values of a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), name
-        if name == "index":  # by a mask, whose count would have to be known
+        if name == "index":  # with a mask it would have to read how many elements are set
             assert all(i is None or i.dtype != torch.bool for i in args[1])
         return func(*args, **(kwargs or {}))
 
@@ -643,6 +644,7 @@ def pinpad_batch(size=2, length=8):
     return batch
 
 
+@pytest.mark.slow
 def test_world_model_learns_the_images_rewards_and_ends_of_a_batch():
     agent = make_agent(DISCRETE, deter=64, hidden=64, units=64, stoch=8, classes=8, cnn_depth=8,
                        learning_rate=8e-3)
@@ -654,7 +656,7 @@ def test_world_model_learns_the_images_rewards_and_ends_of_a_batch():
         optimizer.minimize(loss)
     assert metrics["image_loss"].item() < 0.02 * first
     feat = torch.cat([states["deter"], states["stoch"]], -1)
-    # All but the first of an episode, which no action foretells: it is seen much later.
+    # Except on first steps: no action predicts their reward, which is learned much later.
     right = (director.symexp(model.reward_head(feat)) > 0.5) == (batch["reward"] > 0.5)
     assert right[~batch["is_first"]].all() and 0.2 < batch["reward"].mean() < 0.8
     ends = model.cont_head(feat) < 0
@@ -698,7 +700,7 @@ def test_manager_learns_to_pick_the_rewarded_code():
     torch.manual_seed(0)
     manager = director.ActorCritic(("deter",), 4, (1, 2), True, {"extr": 1.0, "expl": 0.1}, config)
     deter = torch.zeros(3, 64, 4)
-    for step in range(100):  # later, entropy is steered to a half of what is possible
+    for step in range(100):  # later, the entropy is regulated to half of its maximum
         skill = manager.dist(deter).rsample().detach().flatten(-2)
         traj = {"deter": deter, "action": skill, "cont": torch.ones(3, 64),
                 "reward_extr": skill[:2, :, 1], "reward_expl": torch.zeros(2, 64)}
@@ -709,14 +711,19 @@ def test_manager_learns_to_pick_the_rewarded_code():
 # ---- Replay ---------------------------------------------------------------------------------
 
 
+def add_steps(replay, episode, length, finished=True):
+    """Add an episode whose state is its number and the step."""
+    for t in range(length):
+        replay.add({
+            "state": np.array([[episode, t]]), "reward": np.zeros(1),
+            "is_first": np.array([t == 0]), "is_last": np.array([finished and t == length - 1])})
+
+
 def filled(lengths, capacity=10**6):
-    """A replay of finished episodes whose state tells episode and step."""
+    """A replay of finished episodes of these lengths."""
     replay = Replay(capacity)
-    for index, length in enumerate(lengths):
-        for t in range(length):
-            replay.add({
-                "state": np.array([[index, t]]), "reward": np.zeros(1),
-                "is_first": np.array([t == 0]), "is_last": np.array([t == length - 1])})
+    for episode, length in enumerate(lengths):
+        add_steps(replay, episode, length)
     return replay
 
 
@@ -740,9 +747,7 @@ def test_replay_joins_short_episodes_in_a_chunk_and_marks_them_by_is_first():
 
 def test_replay_samples_running_episodes_until_one_is_finished():
     replay = Replay(100)
-    for t in range(12):
-        replay.add({"state": np.array([[0, t]]), "reward": np.zeros(1),
-                    "is_first": np.array([t == 0]), "is_last": np.array([False])})
+    add_steps(replay, 0, 12, finished=False)
     assert set(replay.sample(200, 4)["state"][..., 1].flat) == set(range(12))
 
 
@@ -754,9 +759,7 @@ def test_replay_drops_the_oldest_episodes_first():
 
 def test_replay_loads_what_it_saved_except_damaged_episodes(tmp_path, capsys):
     replay = filled([10] * 6, capacity=40)
-    for t in range(3):
-        replay.add({"state": np.array([[9, t]]), "reward": np.zeros(1),
-                    "is_first": np.array([t == 0]), "is_last": np.array([False])})
+    add_steps(replay, 9, 3, finished=False)
     lengths = replay.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3.npz", "4.npz", "5.npz", "6.npz"]
     loaded = Replay(40)
@@ -764,7 +767,7 @@ def test_replay_loads_what_it_saved_except_damaged_episodes(tmp_path, capsys):
     assert loaded.steps == replay.steps == 33 and len(loaded.episodes) == 4
     assert loaded.episodes[6]["state"].tolist() == [[9, 0], [9, 1], [9, 2]]
     assert not capsys.readouterr().out
-    # A damaged file, one that is gone.
+    # Damage one file and delete another.
     data = bytearray((tmp_path / "4.npz").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "4.npz").write_bytes(data)
@@ -820,6 +823,7 @@ def test_fast_rendering_changes_images_little():
     assert 0 < np.abs(np.subtract(*np.float32(images))).mean() < 10
 
 
+@pytest.mark.slow
 def test_the_state_of_a_dm_control_task_is_one_vector_of_all_its_observations():
     from dm_control import suite
     config = Config(obs="state")
@@ -843,7 +847,7 @@ def test_a_dict_observation_becomes_an_image_and_a_state_vector():
 
 
 class Counter(gymnasium.Env):
-    """Observes its step, last action and episode; every other episode ends in failure."""
+    """Observes its step, last action and episode; every second episode is terminated."""
 
     observation_space = spaces.Dict({"state": spaces.Box(-9, 99, (3,), np.float32)})
     action_space = spaces.Box(-1, 1, (1,), np.float32)
@@ -859,8 +863,8 @@ class Counter(gymnasium.Env):
         self.time += 1
         end = self.time == self.length
         obs = {"state": np.array([self.time, action[0], self.episodes], np.float32)}
-        fails = self.episodes % 2 == 0
-        return obs, self.time / 10, end and fails, end and not fails, {}
+        terminates = self.episodes % 2 == 0
+        return obs, self.time / 10, end and terminates, end and not terminates, {}
 
 
 VECTORS = [SyncVectorEnv, functools.partial(AsyncVectorEnv, context="fork")]
@@ -900,9 +904,9 @@ def fail(*args):
 def test_environments_are_closed_also_after_an_error(fails, monkeypatch):
     closed = []
     monkeypatch.setattr(Mixed, "close", lambda self: closed.append(self))
-    used = director.vector_envs(Config(task="gym_Mixed-v0"), 2)
-    with contextlib.suppress(ZeroDivisionError), used as envs:
-        envs.reset()
+    both = director.vector_envs(Config(task="gym_Mixed-v0"), 2)
+    with contextlib.suppress(ZeroDivisionError), both as vector:
+        vector.reset()
         if fails:
             fail()
     assert len(set(map(id, closed))) == 2
@@ -942,14 +946,16 @@ def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp
         assert rates == {rate}
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_metrics_and_others_do_not(tmp_path):
     results = []
     for index, seed in enumerate((0, 0, 1)):
-        flags = [*RUN, f"--seed={seed}", "--steps=300", f"--logdir={tmp_path}/{index}"]
+        flags = [*RUN, f"--seed={seed}", "--steps=200", f"--logdir={tmp_path}/{index}"]
         assert director.main(flags) == 0
         lines = read_metrics(tmp_path / str(index))
-        assert lines[-1]["train/grad_steps"] == 25
-        results.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
+        assert lines[-1]["train/grad_steps"] == 13
+        results.append([{key: value for key, value in line.items() if "second" not in key}
+                        for line in lines])
     assert results[0] == results[1] != results[2]
 
 
@@ -972,20 +978,22 @@ def test_random_actions_last_until_the_flag_while_training_starts_after_prefill(
     assert [line["train/grad_steps"] for line in lines] == [0, 0, 6, 13]
 
 
+@pytest.mark.slow
 def test_pictures_do_not_change_what_a_run_learns(tmp_path):
     results = []
     for every in (100, 1000):
         folder = tmp_path / str(every)
-        flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={folder}", "--steps=500"]
+        flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={folder}", "--steps=300"]
         assert director.main([*flags, f"--video_every={every}"]) == 0
         assert (folder / "pictures").exists() == (every == 100)
         results.append([{key: value for key, value in line.items() if "second" not in key}
                         for line in read_metrics(folder)])
     assert results[0] == results[1]
     first_picture = min(int(path.name.split("-")[0]) for path in tmp_path.glob("*/pictures/*"))
-    assert first_picture < results[0][-1]["step"] - 100  # the run learned after it
+    assert first_picture < results[0][-1]["step"] - 50  # the run learned after it
 
 
+@pytest.mark.slow
 def test_a_resumed_run_learns_exactly_like_an_uninterrupted_one(tmp_path):
     def make_run(folder):
         config = Config(task="pinpad_three", size="xs", **TINY, batch_size=2, batch_length=16,
@@ -1018,7 +1026,7 @@ def test_a_resumed_run_learns_exactly_like_an_uninterrupted_one(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--task=gym_Pendulum-v1"], ["--task=gym_Mixed-v0", "--worker_extr=0.5"],
-    ["--task=dmc_cartpole_balance", "--obs=state"]])
+    pytest.param(["--task=dmc_cartpole_balance", "--obs=state"], marks=pytest.mark.slow)])
 def test_continuous_tasks_train_resume_and_play(flags, tmp_path):
     flags = [*RUN, *flags, f"--logdir={tmp_path}"]
     for steps in (120, 160):
@@ -1027,6 +1035,7 @@ def test_continuous_tasks_train_resume_and_play(flags, tmp_path):
     assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["director", "dreamer"])
 def test_evaluation_needs_only_the_folder_and_writes_scores_and_pictures(agent, tmp_path, capsys):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--agent={agent}", f"--logdir={tmp_path}",
@@ -1034,7 +1043,8 @@ def test_evaluation_needs_only_the_folder_and_writes_scores_and_pictures(agent, 
     assert director.main(flags) == 0
     names = {"episode", "openloop"}
     pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
-    assert {name for _, name in pictures} == names and {step for step, _ in pictures} != {"eval"}
+    assert {name for _, name in pictures} == names
+    assert all(step.isdigit() for step, _ in pictures)
     assert director.main([f"--logdir={tmp_path}", "--eval=2"]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert len(result["scores"]) == 2 and result["mean"] == np.mean(result["scores"])
@@ -1044,7 +1054,8 @@ def test_evaluation_needs_only_the_folder_and_writes_scores_and_pictures(agent, 
     assert pictures["episode"][0].shape[:2] == (64, 64 * columns)
     assert pictures["openloop"][0].shape[:2] == (192, 384)
     first = PinPad("three").reset(seed=0)[0]["image"]
-    assert np.abs(pictures["episode"][0][:64, :64, :3].astype(int) - first).max() <= 32  # a palette
+    error = np.abs(pictures["episode"][0][:64, :64, :3].astype(int) - first)
+    assert error.mean() < 5 and error.max() <= 24  # a GIF has 256 colors
 
 
 def test_an_evaluation_reads_the_checkpoint_once(tmp_path, monkeypatch):
@@ -1080,6 +1091,7 @@ def test_a_trained_agent_loads_and_acts_without_its_environment_after_its_folder
     assert (tmp_path / "new/eval.json").exists() and not (tmp_path / "old").exists()
 
 
+@pytest.mark.slow
 def test_a_variant_has_flags_a_folder_and_checkpoints_of_its_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "curious.py").write_text(f"""
 import dataclasses, sys
@@ -1118,6 +1130,7 @@ if __name__ == "__main__":
     assert director.main(["--eval=1", f"--logdir={folder}"], agent) == 0
 
 
+@pytest.mark.slow
 def test_an_agent_from_a_notebook_has_a_default_folder():
     program = ("import director\nclass Agent(director.Director): pass\n"
                "print(director.run_folder(Agent.Config(size='xs'), Agent))")
@@ -1177,6 +1190,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_without_opengl_the_error_says_what_to_install():
     env = {**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa", "DISPLAY": "",
            "LD_LIBRARY_PATH": "/nowhere"}
@@ -1381,13 +1395,13 @@ def test_an_error_or_nan_inside_a_gradient_step_leaves_the_checkpoint_unchanged(
 
 
 def listen():
-    """Under nohup, or in the background of a script, tests and what they start ignore signals."""
+    """Do not inherit ignored signals from the tests, which may run under nohup."""
     for number in director.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def launch(tmp_path, *flags, preexec_fn=listen, **kwargs):
-    """A run of minutes."""
+    """Start a program that trains for minutes."""
     command = [*PROGRAM, *RUN, "--steps=10000", f"--logdir={tmp_path}", *flags]
     return subprocess.Popen(
         command, text=True, preexec_fn=preexec_fn,
@@ -1395,14 +1409,14 @@ def launch(tmp_path, *flags, preexec_fn=listen, **kwargs):
 
 
 def start(*args, **kwargs):
-    """A run of minutes, once it has begun to train."""
+    """Start a program that trains for minutes, and wait until it trains."""
     process = launch(*args, **kwargs)
     assert any(line.startswith("step 150: ") for line in process.stdout)
     return process
 
 
 def resumes(tmp_path, *flags):
-    """The step at which a run goes on."""
+    """Resume a run for 20 steps; returns the step of its checkpoint."""
     step = director.load(tmp_path).resumed_from["step"]
     assert director.main([*RUN, f"--steps={step + 20}", f"--logdir={tmp_path}", *flags]) == 0
     return step
@@ -1413,7 +1427,7 @@ def resumes(tmp_path, *flags):
     ("raise", ZeroDivisionError, "unstable"),
     ("reward", FloatingPointError, "reward is not finite"),
     ("obs", FloatingPointError, "state is not finite"),
-    ("kill", (EOFError, ConnectionError), "")])
+    ("kill", (EOFError, ConnectionError), None)])
 def test_a_failing_environment_saves_the_run_and_shows_its_traceback(
         fault, error, words, tmp_path, fail_in_step, monkeypatch, capfd):
     fail_in_step({120: fault})
@@ -1465,14 +1479,14 @@ def test_a_signal_to_the_process_group_saves_and_leaves_no_process(tmp_path):
         assert process.returncode == 128 + signal.SIGTERM
     assert re.fullmatch(r"Saved at step \d+; the same command resumes.\n", error)
     with pytest.raises(ProcessLookupError):
-        for _ in range(50):  # nobody is left
+        for _ in range(50):  # until no process of the group is left
             os.killpg(process.pid, 0)
             time.sleep(0.1)
     assert resumes(tmp_path, *flags[:2]) >= 150
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_saves_the_run_and_gets_one_line(tmp_path):
+def test_an_output_that_cannot_be_written_saves_the_run_and_gets_one_line(tmp_path):
     with (open("/dev/full", "w") as full,
           launch(tmp_path / "full", stdout=full, stderr=subprocess.PIPE) as other,
           start(tmp_path / "pipe", stderr=subprocess.PIPE) as process):
@@ -1494,7 +1508,7 @@ def test_a_second_process_in_a_folder_is_refused_but_may_evaluate(tmp_path, caps
         assert director.main(["--eval=1", f"--logdir={tmp_path}"]) == 0
         process.kill()
         process.stdout.read()
-    assert resumes(tmp_path, "--task=gym_CartPole-v1") >= 100  # its lock is gone with a process
+    assert resumes(tmp_path, "--task=gym_CartPole-v1") >= 100  # the lock ended with the process
 
 
 @pytest.mark.slow
