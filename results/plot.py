@@ -89,7 +89,8 @@ def draw(title: str, window: int, agents: dict[str, list[pathlib.Path]], out: pa
         steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
         mean = [np.mean([seed[step] for seed in seeds]) for step in steps]
         count = "1 run" if len(seeds) == 1 else f"{len(seeds)} runs"
-        ax.plot(np.array(steps) / 1000, mean, color=f"C{number}", lw=2.5, label=f"{agent} ({count})")
+        label = f"{agent} ({count})"
+        ax.plot(np.array(steps) / 1000, mean, color=f"C{number}", lw=2.5, label=label)
     ax.set(title=title, xlabel="environment steps in thousands",
            ylabel=f"mean return of training episodes\nin windows of {window:,} steps")
     if ax.dataLim.ymin >= 0:
