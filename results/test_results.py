@@ -9,12 +9,16 @@ import runpy
 import sys
 
 import imageio.v2 as imageio
+import numpy as np
 import pytest
+import torch
 
 import director
-from conftest import HERE, RUN, run_program
+from conftest import HERE, RUN, make_variant, random_batch, run_program, starts_at
+from variants import dyna_q
 
 sys.path.insert(0, str(HERE / "results"))
+import grid
 import parity
 
 
@@ -42,6 +46,86 @@ def test_goals_says_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monke
             run_program(monkeypatch, capsys, "results/goals.py", *command)
         assert raised.value.code == 2
         assert re.fullmatch(r"goals.py: .*(checkpoint.pt|no_such).*\n", capsys.readouterr().err)
+
+
+def test_an_agent_whose_worker_has_no_reward_differs_in_that_reward_only():
+    agent = make_variant(grid.without_reward(director.Director), horizon=8)
+    traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
+    expected = director.Director.player_trajectories(agent, traj)
+    for player, trajectory in agent.player_trajectories(traj).items():
+        for key, value in trajectory.items():
+            same = torch.equal(value, expected[player][key])
+            assert same == ((player, key) != ("worker", "reward_goal")), (player, key)
+    assert agent.player_trajectories(traj)["worker"]["reward_goal"].abs().sum() == 0
+
+
+def test_a_frozen_part_never_changes_while_the_others_learn():
+    agent = make_variant(grid.frozen("manager/actor"))
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    agent.train_step(random_batch(np.random.default_rng(0), 2, 9, True, 5))
+    changed = {key for key, value in agent.state_dict().items()
+               if not torch.equal(value, before[key])}
+    assert not any(key.startswith("manager.actor") for key in changed)
+    assert {"manager.critics.extr.out.weight", "worker.actor.out.weight"} <= changed
+
+
+def test_the_twin_of_dyna_q_learns_as_often_from_replayed_steps_alone(monkeypatch):
+    updates = []
+
+    def learn(agent, index, steps):
+        updates.append((index, steps))
+        return {}
+
+    monkeypatch.setattr(dyna_q.Agent, "learn", learn)
+    agent = make_variant(grid.ReplayedAgain, planning=2)
+    agent.train_step(random_batch(np.random.default_rng(0), 2, 9, True, 5))
+    assert [index for index, _ in updates] == [0, 1, 2]
+    assert all(steps is updates[0][1] for _, steps in updates)
+    assert updates[0][1]["before"].shape[:2] == (2, 8)  # pairs of replayed states
+
+
+def test_equal_numbers_share_a_rank_and_entropies_are_those_of_fractions():
+    assert grid.ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
+    assert grid.entropy(np.array([[4, 0], [1, 1]])).tolist() == pytest.approx([0, np.log(2)])
+
+
+def test_walks_stay_in_their_half_of_the_grid_and_their_actions_lead_from_cell_to_cell():
+    moves = np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)])
+    for half in range(2):
+        replay = director.Replay(10**6)
+        grid.add_walks(replay, half, 5, seed=0)
+        walks = list(replay.episodes.values())
+        assert len(walks) == 5
+        for walk in walks:
+            cells = grid.cells_of(walk["state"]).numpy()  # [33, 2]
+            assert (cells[:, 0] // 3 == half).all() and len(np.unique(cells, axis=0)) > 3
+            move = moves[walk["action"][1:].argmax(-1)]
+            assert ((cells[:-1] + move).clip(0, 5) == cells[1:]).all()
+
+
+def test_the_comparison_writes_a_row_per_run_and_skips_those_that_are_there(
+        tmp_path, monkeypatch, capsys):
+    short = ["--steps=1080", "--log_every=40", "--processes=no"]
+    monkeypatch.setattr(grid, "AGENTS", {
+        name: (agent, [*flags, *short]) for name, (agent, flags) in grid.AGENTS.items()})
+    command = ["--seeds", "0", "--only", "higl, contrastive", "--out", str(tmp_path / "rows.jsonl")]
+    grid.main(command)
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert (row["agent"], row["seed"]) == ("higl, contrastive", 0)
+    for key in ("distances", "distances_untrained"):
+        assert -1 <= row[key]["moves"] <= 1 and 0 <= row[key]["rank"] <= 1
+    assert len(row["goal_reward_last"]) == 2
+    assert json.loads(capsys.readouterr().out) == row
+    grid.main(command)
+    assert not capsys.readouterr().out
+
+
+def test_the_rows_of_the_comparison_are_of_agents_that_the_program_has():
+    rows = [json.loads(line) for line in open(HERE / "results/grid.jsonl")]
+    searches = {f"{name}, {search}" for name in ("director", "flat")
+                for search in ("none", "shooting", "actions", "mcts", "codes")}
+    for row in rows:
+        assert row["agent"] in {*grid.AGENTS, *grid.HALF_WORLDS, *grid.RARE, *searches}, row
 
 
 def test_returns_are_drawn_from_folders_and_compressed_files(tmp_path, capsys, monkeypatch):
