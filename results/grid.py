@@ -435,11 +435,12 @@ def compare(name: str, seed: int) -> dict:
         scores = [score for _, score in episodes]
         row = {"agent": name, "seed": seed, "return": np.mean(scores[-24:]),
                "curve": [np.mean(part) for part in np.array_split(scores, 8)],
-               "seconds": time.time() - start,
-               "return_by": {  # gradient steps: mean return of training episodes until then
-                   count: np.mean([score for step, score in episodes
-                                   if PREFILL < step <= PREFILL + TRAIN_EVERY * count])
-                   for count in (50, 100, 200, 400)}}
+               "seconds": time.time() - start, "return_by": {}}
+        for updates in (50, 100, 200, 400):  # mean return of training episodes until then
+            last_step = PREFILL + TRAIN_EVERY * updates
+            found = [score for step, score in episodes if PREFILL < step <= last_step]
+            if found:
+                row["return_by"][updates] = np.mean(found)
         for key in LOGGED:
             if f"train/{key}" in logged[-1]:
                 row[key] = [logged[0][f"train/{key}"], logged[-1][f"train/{key}"]]
