@@ -15,7 +15,7 @@ import torch
 
 import director
 from conftest import HERE, RUN, make_variant, random_batch, run_program, starts_at
-from variants import dyna_q
+from variants import dyna_q, feudal
 
 sys.path.insert(0, str(HERE / "results"))
 import grid
@@ -30,14 +30,19 @@ def test_five_train_steps_give_the_metrics_of_the_official_program(kind):
     assert max(errors.values()) < 5e-5, errors
 
 
+@pytest.mark.parametrize("variant", ["", "feudal"])
 def test_goals_shows_whether_the_manager_leads_and_the_worker_reaches(
-        tmp_path, capsys, monkeypatch):
-    flags = [*RUN, "--task=gym_envs.grid:Grid-v0", "--processes=no", f"--logdir={tmp_path}"]
-    assert director.main([*flags, "--steps=300"]) == 0
-    text = run_program(monkeypatch, capsys, "results/goals.py", tmp_path)
+        variant, tmp_path, capsys, monkeypatch):
+    flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", "--batch_length=10",
+             f"--logdir={tmp_path}"]
+    agent = feudal.Agent if variant else director.Director
+    assert director.main([*flags, "--batch_length=10", "--steps=128"], agent) == 0
+    more = ["--variant", variant] if variant else []
+    text = run_program(monkeypatch, capsys, "results/goals.py", tmp_path, *more)
     assert len(re.findall(r"actions: mean return \d+", text)) == 4
-    cosines = [float(x) for x in re.findall(r"max-cosine (-?\d\.\d+)", text)]
-    assert len(cosines) == 12 and all(-1 <= x <= 1 for x in cosines)
+    if not variant:  # feudal's goals are directions
+        cosines = [float(x) for x in re.findall(r"max-cosine (-?\d\.\d+)", text)]
+        assert len(cosines) == 12 and all(-1 <= x <= 1 for x in cosines)
 
 
 def test_goals_says_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monkeypatch):
@@ -105,7 +110,7 @@ def test_walks_stay_in_their_half_of_the_grid_and_their_actions_lead_from_cell_t
 
 def test_the_comparison_writes_a_row_per_run_and_skips_those_that_are_there(
         tmp_path, monkeypatch, capsys):
-    short = ["--steps=1080", "--log_every=40", "--processes=no"]
+    short = ["--steps=1048", "--log_every=16", "--processes=no"]
     monkeypatch.setattr(grid, "AGENTS", {
         name: (agent, [*flags, *short]) for name, (agent, flags) in grid.AGENTS.items()})
     command = ["--seeds", "0", "--only", "higl, contrastive", "--out", str(tmp_path / "rows.jsonl")]
