@@ -1,7 +1,4 @@
-"""Director's relatives: each file changes one thing of director.py.
-
-Here is what several of them use.
-"""
+"""Ideas of other papers, each as one change of director.py. Here: what several of them share."""
 
 from torch import Tensor
 

@@ -1,28 +1,35 @@
-"""DIAYN: skills that differ, learned without any reward (Eysenbach, Gupta, Ibarz, Levine, 2018).
+"""DIAYN: skills that can be told apart, learned without a task reward.
 
-Diversity Is All You Need. A skill z, one of a few, is drawn from a uniform prior p; the worker
-sees it and is paid
-
-    log q(z | s[t+1]) - log p(z)     (its eq. 3),
-
-where the discriminator q guesses the skill from the state (`deter`). So skills come to lead where
-they can be told apart, and the worker's entropy keeps each from being a single way there.
+Paper: Diversity Is All You Need (Eysenbach, Gupta, Ibarz, Levine, 2018).
 
     python -m variants.diayn --task pinpad_three
-    python -m variants.diayn --task pinpad_three --skills_for task     resumes the same run
+    python -m variants.diayn --task pinpad_three --skills_for task      resumes the same run
 
-What changes: a goal is a skill, and reaching it is being recognised. Worker and discriminator learn
-in imagination. Skills are drawn anew every K steps, there and in the environment. With
-`--skills_for task`, from the start or in a run that goes on, a manager learns which skill serves
-the task, skills being options of K steps: it picks them in the environment and in one half of the
-imagined trajectories, from which it learns; in the other half they stay uniform, and from these
-the discriminator learns, so that p stays uniform.
+Idea: a skill z is one of a few classes, drawn from a uniform prior p(z). The worker observes it and
+is rewarded by
 
-What is left out: the paper's skills last an episode and its agent is soft actor-critic; here they
-last K steps (a worker's value at their end is that of the skill going on), and the entropy is
-Director's, steered to a half. The paper stops learning skills before it puts a manager on top (its
-Section 4.2.2). The manager is paid by the task alone: with no goal autoencoder there is no novelty,
-and `--manager_expl` does nothing.
+    log q(z | s[t+1]) - log p(z)     (eq. 3),
+
+where the discriminator q predicts the skill from the state s (`deter`). Skills therefore learn to
+lead to states in which they can be told apart. The worker's entropy bonus keeps each skill random
+apart from that.
+
+What changes:
+- A goal is a skill, and reaching it means that the discriminator recognises it.
+- Worker and discriminator learn in imagination. A new skill is drawn every K steps, in imagination
+  as in the environment.
+- With `--skills_for task`, from the start or in a resumed run, a manager learns which skill serves
+  the task. It picks the skills in the environment, and in the second half of the imagined
+  trajectories, from which it learns. In the first half skills remain uniform; the discriminator
+  learns from that half alone, since the prior in eq. 3 is uniform.
+
+What is left out:
+- In the paper a skill lasts a whole episode, and the agent is soft actor-critic. Here it lasts K
+  steps, the value at its end is that of continuing the same skill, and the entropy bonus is
+  Director's, which keeps the entropy at half of its range.
+- The paper stops learning skills before it adds a manager (its Section 4.2.2).
+- The manager's only reward is the task's: without a goal autoencoder there is no novelty, and
+  `--manager_expl` has no effect.
 """
 
 import dataclasses
@@ -36,11 +43,12 @@ import director
 
 
 class Skills(nn.Module):
-    """The discriminator: log q(z | s), [..., D] -> [..., skills]. A goal is a skill."""
+    """The discriminator, log q(z | s): [..., D] -> [..., skills]. A skill is its own goal."""
 
     def __init__(self, config: "Config"):
         super().__init__()
-        self.groups, self.size = (1, config.skills), config.skills
+        self.groups = (1, config.skills)
+        self.size = config.skills  # of a goal
         self.discriminator = director.MLP(config.deter, (config.skills,), config)
 
     def forward(self, deter: Tensor) -> Tensor:
@@ -53,9 +61,9 @@ class Skills(nn.Module):
 @dataclasses.dataclass
 class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no skills", ("director",), fixed=True)
-    skills: int = director.flag(16, "how many there are", low=2, group="diayn", fixed=True)
-    skills_for: str = director.flag("diversity", "task: a manager picks skills",
-                                   ("diversity", "task"))
+    skills: int = director.flag(16, "number of skills", low=2, group="diayn", fixed=True)
+    skills_for: str = director.flag("diversity", "task: a manager picks the skills",
+                                    ("diversity", "task"))
 
 
 class Agent(director.Director):
@@ -67,46 +75,57 @@ class Agent(director.Director):
         super().build(action)
         self.manager = self.player(("deter", "stoch"), self.goals.groups, True, {"extr": 1.0})
 
+    def uniform_trajectories(self, count: int) -> int:
+        """How many of `count` imagined trajectories, the first ones, have skills of the prior."""
+        return count // 2 if self.config.skills_for == "task" else count
+
     def sample_skill(self, state: dict[str, Tensor]) -> Tensor:
-        skill = super().sample_skill(state)
-        drawn = director.OneHot(torch.zeros_like(skill)).rsample()
-        if self.config.skills_for == "task":
-            return torch.where(state["uniform"], drawn, skill) if "uniform" in state else skill
-        return drawn
+        picked = super().sample_skill(state)
+        drawn = director.OneHot(torch.zeros_like(picked)).rsample()
+        if self.config.skills_for == "diversity":
+            return drawn
+        if "uniform" in state:  # in imagination, [N, 1]
+            return torch.where(state["uniform"], drawn, picked)
+        return picked
 
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
-        column = torch.arange(len(starts["deter"]), device=self.config.device)[:, None]
-        half = len(column) // 2 if self.config.skills_for == "task" else len(column)
-        return super().imagine({**starts, "uniform": column < half})
+        count = len(starts["deter"])
+        index = torch.arange(count, device=self.config.device)[:, None]
+        return super().imagine({**starts, "uniform": index < self.uniform_trajectories(count)})
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
+        """Eq. 3, [H, N]."""
         log_q = (self.goals(traj["deter"][1:]) * traj["goal"][:-1]).sum(-1)
         return log_q + math.log(self.config.skills)
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        views = super().player_trajectories(traj)
-        manager, half = views.pop("manager"), traj["cont"].shape[1] // 2
+        players = super().player_trajectories(traj)
+        manager = players.pop("manager")
         if self.config.skills_for == "task":
-            views["manager"] = {key: value[:, half:] for key, value in manager.items()}
-        return views
+            uniform = self.uniform_trajectories(traj["cont"].shape[1])
+            players["manager"] = {key: value[:, uniform:] for key, value in manager.items()}
+        return players
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {}  # skills are recognised in imagination
+        return {}  # the discriminator learns in imagination
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics, half = super().train_imagined(traj), traj["cont"].shape[1] // 2
-        drawn = slice(half if self.config.skills_for == "task" else None)  # from the prior
-        skill, state = traj["skill"][:-1, drawn].detach(), traj["deter"][1:, drawn].detach()
+        metrics = super().train_imagined(traj)
+        uniform = self.uniform_trajectories(traj["cont"].shape[1])
+        skill = traj["skill"][:-1, :uniform].detach()
+        state = traj["deter"][1:, :uniform].detach()
         with director.autocast(self.config):
             log_q = self.goals(state)  # [H, N, skills]
-        alive = director.trajectory_weights(traj["cont"].detach(), 1.0)[1:, drawn]  # chances
+        # States count by the probability that the episode has not ended before them.
+        alive = director.trajectory_weights(traj["cont"].detach(), 1.0)[1:, :uniform]
         loss = -((log_q * skill).sum(-1) * alive).mean()
-        right = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()  # by chance 1 / skills
-        norm = self.optimizers["goals"].minimize(loss)
-        return metrics | {"skill_loss": loss, "skill_right": right, "skill_grad_norm": norm}
+        metrics["skill_loss"] = loss
+        metrics["skill_right"] = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()
+        metrics["skill_grad_norm"] = self.optimizers["goals"].minimize(loss)
+        return metrics
 
-    def picture_goal(self, goal: Tensor):
-        """A skill looks like nothing."""
+    def picture_goal(self, goal: Tensor) -> None:
+        """A skill has no picture."""
 
 
 if __name__ == "__main__":

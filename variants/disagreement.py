@@ -1,25 +1,29 @@
-"""Disagreement: new is what an ensemble of models cannot agree upon (Plan2Explore).
+"""Disagreement: the exploration reward is the disagreement of an ensemble of models.
 
-Sekar et al., 2020, after deep ensembles (Lakshminarayanan et al., 2017). Several small models, with
-different initial weights, learn on replay to predict the next state from state and action. Where
-they have seen enough they agree, be the outcome noisy or not; where they have not, their means
-differ, and the variance of these means is the exploration reward. An autoencoder's
-error, as in Director, shows what is new only until it is learned, and noise is new to it for ever.
+Papers: Planning to Explore via Self-Supervised World Models (Plan2Explore; Sekar et al., 2020),
+after Deep Ensembles (Lakshminarayanan et al., 2017).
 
     python -m variants.disagreement --task pinpad_three
-    python -m variants.disagreement --task pinpad_three --agent dreamer      the paper's baseline
+    python -m variants.disagreement --task pinpad_three --agent dreamer     the paper's agent is flat
 
-What changes: the manager is rewarded for disagreement in place of the autoencoder's error
-(`--manager_expl` is its weight). The flat agent gets it beside the task (`--worker_expl`); its
-continuous actions learn by back-propagation through the ensemble. Every model is a Gaussian of
-(deter, stoch, action) with mean and standard deviation, trained by likelihood on
-`--disagreement_target`: `stoch`, the next stochastic state (the official program's), `embed`, the
-next embedded observation (the paper's), `deter`, which the recurrent network computes from the very
-inputs, so that the ensemble imitates it.
+Idea: several small models with different initial weights learn from replay to predict the next
+state from state and action. Where they have seen enough data their means agree, even if outcomes
+are noisy; elsewhere the means differ. The variance of the means is the exploration reward. The
+error of an autoencoder, which Director uses, stays high for noise, which cannot be learned.
 
-What differs: the paper's models have a fixed deviation, and the paper explores without any task
-reward and learns one for the task later; set `--worker_expl` high for that. The official program
-takes the deviation, not the variance, of modes.
+What changes:
+- The manager is rewarded for disagreement instead of the autoencoder's error, with the weight
+  `--manager_expl`.
+- The flat agent is rewarded for the task and for disagreement, with the weight `--worker_expl`. If
+  its actions are continuous, gradients flow through the ensemble.
+- Each model is a Gaussian with mean and standard deviation as functions of (deter, stoch, action),
+  and is trained by maximum likelihood. It predicts what `--disagreement_target` says: `stoch`, the
+  next stochastic state (as the official program); `embed`, the next embedded observation (as the
+  paper); or `deter`, the next deterministic state, which is a function of these very inputs.
+
+What is left out: the models of the paper have a fixed standard deviation. The paper explores
+without a task reward and learns a task later; a high `--worker_expl` comes close to that. The
+official program uses the standard deviation of the modes, not the variance of the means.
 """
 
 import dataclasses
@@ -34,7 +38,7 @@ from variants import same_episode
 
 
 class Ensemble(nn.Module):
-    """One-step models: [..., F] -> means and deviations, [members, ..., size] both."""
+    """One-step models: [..., F] -> means and standard deviations, [members, ..., size] both."""
 
     def __init__(self, inputs: int, size: int, config: "Config"):
         super().__init__()
@@ -42,27 +46,28 @@ class Ensemble(nn.Module):
             director.MLP(inputs, (2, size), config) for _ in range(config.members))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = torch.stack([member(x) for member in self.members]).unbind(-2)
+        outs = torch.stack([member(x) for member in self.members])  # [members, ..., 2, size]
+        mean, std = outs.unbind(-2)
         return mean, F.softplus(std) + 0.1
 
     def disagreement(self, x: Tensor) -> Tensor:
-        """Variance of the means over members, mean over dimensions: [..., F] -> [...]."""
+        """Variance of the means over members, averaged over dimensions: [..., F] -> [...]."""
         means = []
-        for member in self.members:  # without their deviations, half of the work
+        for member in self.members:  # without standard deviations, which halves the work
             size = len(member.out.weight) // 2
             mean = F.linear(member.hidden(x), member.out.weight[:size], member.out.bias[:size])
             means.append(mean.float())
-        mean = sum(means) / len(means)  # Tensor.var(0) takes five times as long on a CPU
-        return sum((each - mean).square().mean(-1) for each in means) / (len(means) - 1)
+        center = sum(means) / len(means)  # Tensor.var(0) takes five times as long on a CPU
+        return sum((mean - center).square().mean(-1) for mean in means) / (len(means) - 1)
 
 
 @dataclasses.dataclass
 class Config(director.Config):
     members: int = director.flag(5, "models in the ensemble", low=2, group="disagreement",
                                  fixed=True)
-    disagreement_target: str = director.flag("stoch", "what they predict",
+    disagreement_target: str = director.flag("stoch", "what the models predict",
                                              ("stoch", "embed", "deter"), fixed=True)
-    worker_expl: float = director.flag(0.1, "weight of it for the flat agent", low=0)
+    worker_expl: float = director.flag(0.1, "weight of disagreement for the flat agent", low=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,38 +76,40 @@ class Config(director.Config):
 
 
 class Agent(director.Director):
-    """Director, or the flat agent, curious about what its models disagree on."""
+    """Director, or the flat agent, that explores where its models disagree."""
 
     Config = Config
 
     def build(self, action: tuple):
-        config, parts = self.config, ("deter", "stoch")
+        config = self.config
         super().build(action)
         if not self.manager:
             rewards = {"extr": 1.0, "expl": config.worker_expl}
-            self.worker = self.player(parts, action, self.discrete, rewards)
+            self.worker = self.player(("deter", "stoch"), action, self.discrete, rewards)
         sizes = {**self.sizes, "embed": self.world_model.encoder.size}
-        self.ensemble = Ensemble(sum(sizes[key] for key in (*parts, "action")),
-                                 sizes[config.disagreement_target], config)
+        inputs = sizes["deter"] + sizes["stoch"] + sizes["action"]
+        self.ensemble = Ensemble(inputs, sizes[config.disagreement_target], config)
         self.optimizers["ensemble"] = director.Optimizer(self.ensemble, config)
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         metrics = super().train_goals(states)
-        known = torch.cat([states["deter"], states["stoch"]], -1)[:, :-1]
+        feat = torch.cat([states["deter"], states["stoch"]], -1)[:, :-1]
+        action = states["action"][:, 1:]  # the action of row t + 1 led from t to t + 1
         target = states[self.config.disagreement_target][:, 1:].float()
-        weight = same_episode(states["is_first"], 1)[..., None]  # the next row's action led to it
         with director.autocast(self.config):
-            mean, std = self.ensemble(torch.cat([known, states["action"][:, 1:]], -1))
-        error = 0.5 * ((mean - target) / std) ** 2 + std.log()
+            mean, std = self.ensemble(torch.cat([feat, action], -1))
+        error = 0.5 * ((mean - target) / std) ** 2 + std.log()  # [members, B, T-1, size]
+        weight = same_episode(states["is_first"], 1)[..., None]
         loss = (error.mean(-1, keepdim=True) * weight).mean((1, 2, 3)).sum()
         metrics["ensemble_loss"] = loss
         metrics["ensemble_grad_norm"] = self.optimizers["ensemble"].minimize(loss)
         return metrics
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
-        parts = [traj[key][:-1] for key in ("deter", "stoch", "action")]
-        with torch.set_grad_enabled(not self.manager and torch.is_grad_enabled()):
-            return self.ensemble.disagreement(torch.cat(parts, -1))
+        """Disagreement about states 1..H, [H, N]; only the flat agent needs its gradient."""
+        inputs = torch.cat([traj[key][:-1] for key in ("deter", "stoch", "action")], -1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.manager):
+            return self.ensemble.disagreement(inputs)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
-"""Feudal goals: a goal is a direction in state space, not a place.
+"""Feudal goals: a goal is a direction in state space, not a state.
 
-Feudal reinforcement learning (Dayan and Hinton, 1993) has managers that set tasks for workers; in
-FeUdal Networks (FuN; Vezhnevets et al., 2017) these are directions: the worker is paid when the
-state of the world moves along the goal, wherever it starts. A direction means the same in many
-states, and is never used up by being reached.
+Papers: FeUdal Networks (FuN; Vezhnevets et al., 2017), after Feudal Reinforcement Learning (Dayan
+and Hinton, 1993).
 
     python -m variants.feudal --task pinpad_three [--feudal_reward dot]
 
-What changes: the goal autoencoder learns the unit directions (s[t+K] - s[t]) / |s[t+K] - s[t]| of
-replay, s being `deter`, instead of states, and decodes codes to unit directions g. With j the steps
-since the goal was set, the worker is paid, after FuN's eq. 8,
+Idea: a manager sets a direction, and the worker is rewarded if the state moves along it, wherever
+the worker starts. A direction has the same meaning in many states, and cannot be used up by
+reaching it.
 
-    1/j sum over i = 1..j of cos(s[t+1] - s[t+1-i], g),
+What changes:
+- The goal autoencoder learns unit directions (s[t+K] - s[t]) / |s[t+K] - s[t]| from replay, with
+  s = `deter`, instead of states. It decodes a code to a unit direction g.
+- With j the number of steps since the goal was set, the worker's reward is, after FuN's eq. 8,
 
-(the last step alone, i = 1, would pay jitter), or g . (s[t+1] - s[t]), which adds up to the way
-made along g (Feudal RL's reward for obeying, as an inner product). The manager's exploration reward
-is the autoencoder's error on the direction in which the state has moved while the goal lasted.
+      1/j sum over i = 1..j of cos(s[t+1] - s[t+1-i], g).
 
-What is left out: FuN's transition policy gradient, by which the manager's goals are moved towards
-the directions that turned out well (its eq. 7): here, as in Director, the manager chooses among
-discrete codes by REINFORCE. FuN's goals are pooled over the last c steps and embedded by a linear
-map, and there is one for each of the c moves of eq. 8; ours last for K steps, and the worker sees
-them as they are. FuN's recurrent worker remembers where its goal was set, and is paid by the task,
-too; ours sees the present state and the goal only, and is not (see `--worker_extr`).
+  (The last step alone, i = 1, would reward jitter.) With `--feudal_reward dot` it is
+  g . (s[t+1] - s[t]), which adds up to the progress along g.
+- The manager's exploration reward is the autoencoder's error on the direction in which the state
+  moved while the goal lasted.
+
+What is left out:
+- FuN's transition policy gradient (eq. 7), which moves goals towards directions that turned out
+  well. Here the manager chooses among discrete codes by REINFORCE, as in Director.
+- FuN pools the goals of the last c steps, embeds them linearly, and has one goal for each of the c
+  moves in eq. 8. Here a goal lasts for K steps, and the worker reads it as it is.
+- FuN's worker is recurrent and also receives the task reward. Here it reads only the present state
+  and the goal, and receives no task reward (but see `--worker_extr`).
 """
 
 import dataclasses
@@ -37,7 +42,7 @@ import director
 from variants import same_episode
 
 
-class Unit(director.MLP):
+class UnitMLP(director.MLP):
     """An MLP whose outputs have length 1."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,11 +50,11 @@ class Unit(director.MLP):
 
 
 class Directions(director.GoalAutoencoder):
-    """Compresses unit directions [..., D] into codes."""
+    """Compresses unit directions [..., D] into codes [..., GL]."""
 
     def __init__(self, config: director.Config):
         super().__init__(config)
-        self.decode = Unit(math.prod(self.groups), (self.size,), config)
+        self.decode = UnitMLP(math.prod(self.groups), (self.size,), config)
 
 
 @dataclasses.dataclass
@@ -71,33 +76,37 @@ class Agent(director.Director):
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.manager:
             return {}
-        deter, k = states["deter"], self.config.goal_duration
-        move = F.normalize(deter[:, k:] - deter[:, :-k], dim=-1)
+        k = self.config.goal_duration
+        deter = states["deter"]
+        direction = F.normalize(deter[:, k:] - deter[:, :-k], dim=-1)  # [B, T-K, D]
+        weight = same_episode(states["is_first"], k)  # [B, T-K]
         with director.autocast(self.config):
-            loss, metrics = self.goals.loss(
-                move.flatten(0, 1), same_episode(states["is_first"], k).flatten())
+            loss, metrics = self.goals.loss(direction.flatten(0, 1), weight.flatten())
         metrics["goal_grad_norm"] = self.optimizers["goals"].minimize(loss)
         return metrics
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
-        deter, goal = traj["deter"], traj["goal"][:-1]
+        """Movement along the goal, [H, N]."""
+        deter = traj["deter"]
+        goal = traj["goal"][:-1]
         if self.config.feudal_reward == "dot":
             return (goal * (deter[1:] - deter[:-1])).sum(-1)
         rewards = []
         for t in range(len(goal)):
-            since = t - t % self.config.goal_duration  # when the goal was set
-            moves = deter[t + 1] - deter[since : t + 1]  # [j, N, D]
+            start = t - t % self.config.goal_duration  # when the goal was set
+            moves = deter[t + 1] - deter[start : t + 1]  # [j, N, D]
             rewards.append(F.cosine_similarity(moves, goal[t], dim=-1).mean(0))
-        return torch.stack(rewards)  # [H, N]
+        return torch.stack(rewards)
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
+        """How new the direction is in which the state moved during a goal, [H, N]."""
         k = self.config.goal_duration
         ends = traj["deter"][::k]  # [H/K+1, N, D]
-        novelty = self.goals.novelty(F.normalize(ends[1:] - ends[:-1], dim=-1))
-        return novelty.repeat_interleave(k, 0)  # in each step, since the manager gets their mean
+        novelty = self.goals.novelty(F.normalize(ends[1:] - ends[:-1], dim=-1))  # [H/K, N]
+        return novelty.repeat_interleave(k, 0)  # the manager's reward is the mean over K steps
 
-    def picture_goal(self, goal: Tensor):
-        """A direction looks like nothing."""
+    def picture_goal(self, goal: Tensor) -> None:
+        """A direction has no picture."""
 
 
 if __name__ == "__main__":

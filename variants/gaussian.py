@@ -1,19 +1,18 @@
-"""Gaussian latents: what is random about a state is numbers, not classes.
+"""Gaussian latents: the stochastic state is normally distributed instead of categorical.
 
-World Models (Ha and Schmidhuber, 2018), PlaNet (Hafner et al., 2019) and the first Dreamer describe
-what cannot be known in advance by normally distributed numbers; DreamerV2 and Director took
-categories, of which each is one of several, as places and things are.
+Papers: World Models (Ha and Schmidhuber, 2018), PlaNet (Hafner et al., 2019) and the first Dreamer
+have Gaussian latents; DreamerV2 and Director have categorical ones.
 
     python -m variants.gaussian --task pinpad_three
 
-What changes: `stoch` has as many numbers as Director's one-hot vectors have, `--stoch` times
-`--classes`. Prior and posterior give each a mean and a standard deviation, softplus(x) + 0.1 as in
-PlaNet. Samples are reparameterised, so that gradients are exact and not straight-through; the KL is
-analytic, and balanced as in Director's eq. 2. A mode is a mean.
+What changes: `stoch` is a vector of `--stoch` times `--classes` numbers, as many as Director's
+one-hot vectors have. Prior and posterior are diagonal Gaussians with standard deviation
+softplus(x) + 0.1, as in PlaNet. Samples are reparameterised, so gradients are exact and not
+straight-through. The KL is analytic, and balanced as in Director's eq. 2. The mode is the mean.
 
-What is left out: World Models' prior is a mixture, and its latents know nothing of the past; those
-of PlaNet are fewer (30) and have free nats, where here, as in Director, the KL is weighted such
-that it stays at `--kl_target`.
+What is left out: the prior of World Models is a mixture, and its latents do not depend on the past.
+PlaNet has fewer latents (30) and free nats; here, as in Director, the KL is weighted such that it
+stays near `--kl_target`.
 """
 
 import sys
@@ -27,23 +26,23 @@ import director
 
 
 class RSSM(director.RSSM):
-    """Director's, with means and deviations, [..., SC, 2], in place of logits."""
+    """Director's, with means and standard deviations [..., SC, 2] instead of logits."""
 
     def __init__(self, embed: int, action: int, config: director.Config):
         super().__init__(embed, action, config)
         for net in (self.prior_net, self.post_net):
             net[-1] = director.glorot(nn.Linear(config.hidden, 2 * self.size))
 
-    def spread(self, out: Tensor) -> Tensor:
-        """A network's outputs, [..., 2 SC], to means and deviations, [..., SC, 2]."""
+    def mean_and_std(self, out: Tensor) -> Tensor:
+        """Outputs of a network, [..., 2 SC], to means and standard deviations, [..., SC, 2]."""
         mean, std = out.float().chunk(2, -1)
         return torch.stack([mean, F.softplus(std) + 0.1], -1)
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
-        return self.spread(self.prior_net(deter))
+        return self.mean_and_std(self.prior_net(deter))
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
-        params = self.spread(self.post_net(torch.cat([deter, embed], -1)))
+        params = self.mean_and_std(self.post_net(torch.cat([deter, embed], -1)))
         mean, std = params.unbind(-1)
         return mean + std * torch.randn_like(std), params
 
@@ -52,14 +51,18 @@ class RSSM(director.RSSM):
         return mean + std * torch.randn_like(std) if sample else mean
 
 
+def normal(params: Tensor) -> Normal:
+    """[..., SC, 2] to distributions [..., SC]."""
+    mean, std = params.unbind(-1)
+    return Normal(mean, std, validate_args=False)
+
+
 class WorldModel(director.WorldModel):
     RSSM = RSSM
 
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        def normal(params: Tensor) -> Normal:
-            return Normal(*params.unbind(-1), validate_args=False)
-
-        post, prior = states["post"], states["prior"]
+        post = states["post"]
+        prior = states["prior"]
         forward = kl_divergence(normal(post.detach()), normal(prior))
         backward = kl_divergence(normal(post), normal(prior.detach()))
         kl = (0.8 * forward + 0.2 * backward).sum(-1)  # [B, T]
