@@ -4,7 +4,7 @@ Papers: Planning to Explore via Self-Supervised World Models (Plan2Explore; Seka
 after Deep Ensembles (Lakshminarayanan et al., 2017).
 
     python -m variants.disagreement --task pinpad_three
-    python -m variants.disagreement --task pinpad_three --agent dreamer     the paper's agent is flat
+    python -m variants.disagreement --task pinpad_three --agent dreamer     flat, as in the paper
 
 Idea: several small models with different initial weights learn from replay to predict the next
 state from state and action. Where they have seen enough data their means agree, even if outcomes

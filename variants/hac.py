@@ -1,26 +1,29 @@
 """Three levels: a manager of managers, after Hierarchical Actor-Critic (HAC).
 
-Levy, Konidaris, Platt and Saenko, 2019. Every level but the lowest acts by setting goals for the
-one below, at its own pace, and is paid for reaching the goal from above. Such levels are hard to
-train together: the same goal leads elsewhere once the level below has learned. So HAC learns from
-*hindsight actions*: the state that was reached counts as the goal that was asked for.
+Paper: Learning Multi-Level Hierarchies with Hindsight (Levy, Konidaris, Platt, Saenko, 2019).
 
     python -m variants.hac --task pinpad_three [--top_duration 4] [--hindsight 1]
 
-What changes: Director's manager becomes the middle level. It still picks the worker's goals every K
-steps, but sees a goal of the top's and is paid for reaching that, nothing else: the max-cosine of
-that goal and the state K steps later. The top picks a goal every K * `--top_duration` steps; it
-alone is paid for the task and for novelty, since in HAC, too, a lower level knows only its goal.
-Each of the two has its own goal autoencoder; both learn all replayed states.
+Idea: every level but the lowest acts by setting goals for the level below, at its own pace, and is
+rewarded for reaching the goal from above. Such levels are hard to train together, since a goal has
+another effect once the level below has learned. HAC therefore learns from *hindsight actions*: it
+pretends that the state that was reached is the goal that was set.
 
-With `--hindsight 1`, what a level picked is replaced, when it learns, by the code into which its
-autoencoder puts the state that was reached; with less, in that share of trajectories. HAC's DDPG
-may do so. For REINFORCE a relabelled action is off-policy, and nothing corrects for that: in trials
-the middle level then came to obey nobody. So it is off by default.
+What changes:
+- Director's manager becomes the middle level. It sets the worker's goals every K steps, as before,
+  but reads a goal of the top level and is rewarded only for reaching that: by the max-cosine
+  (Director's eq. 8) of that goal and the state K steps later.
+- The top level sets a goal every K * `--top_duration` steps. It alone is rewarded for the task and
+  for novelty, since in HAC, too, a lower level knows only its goal.
+- Each of these two levels has its own goal autoencoder. Both learn all replayed states.
+- With `--hindsight 1` a level learns as if it had picked the code to which its autoencoder encodes
+  the state that was reached; with a smaller number, in that fraction of trajectories. HAC's DDPG is
+  off-policy and may do that. REINFORCE is on-policy, and nothing corrects for it: in experiments
+  the middle level then no longer pursues the goals of the top. So it is off by default.
 
-What is left out: subgoal testing, which fines a goal that the level below has missed (ours decode
-codes of replayed states), and hindsight goal transitions, which pretend that the goal from above
-was the state reached in the end (for sparse rewards). HAC's goals end once they are reached.
+What is left out: subgoal testing, a penalty for goals that the level below has missed (here goals
+are decoded codes of replayed states); hindsight goal transitions, which pretend that the goal from
+above was the state reached in the end (for sparse rewards); that a goal ends when it is reached.
 """
 
 import dataclasses
@@ -36,10 +39,10 @@ import director
 @dataclasses.dataclass
 class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no levels", ("director",), fixed=True)
-    horizon: int = director.flag(32, "imagined steps, a multiple of what a top goal lasts")
-    top_duration: int = director.flag(4, "how many of the middle's goals it lasts", group="hac")
-    hindsight: float = director.flag(0.0, "share of relabelled trajectories", low=0, high=1)
-    middle_extr: float = director.flag(0.0, "task reward for the middle", low=0, fixed=True)
+    horizon: int = director.flag(32, "imagined steps, a multiple of the duration of a top goal")
+    top_duration: int = director.flag(4, "middle goals for each top goal", group="hac")
+    hindsight: float = director.flag(0.0, "fraction of relabelled trajectories", low=0, high=1)
+    middle_extr: float = director.flag(0.0, "task reward for the middle level", low=0, fixed=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,67 +57,82 @@ class Agent(director.Director):
 
     def build(self, action: tuple):
         super().build(action)
-        config, parts = self.config, ("deter", "stoch")
+        config = self.config
+        state = ("deter", "stoch")
         self.top_goals = self.Goals(config)
         self.optimizers["top_goals"] = director.Optimizer(self.top_goals, config)
-        self.sizes |= {"top_skill": self.sizes["skill"], "top_goal": self.sizes["goal"]}
+        self.sizes["top_skill"] = self.sizes["skill"]
+        self.sizes["top_goal"] = self.sizes["goal"]
         rewards = {"reach": 1.0}
         if config.middle_extr:
             rewards["extr"] = config.middle_extr
-        self.manager = self.player((*parts, "top_goal"), self.goals.groups, True, rewards)
+        self.manager = self.player((*state, "top_goal"), self.goals.groups, True, rewards)
         rewards = {"extr": 1.0, "expl": config.manager_expl}
-        self.top = self.player(parts, self.top_goals.groups, True, rewards)
+        self.top = self.player(state, self.top_goals.groups, True, rewards)
 
     @torch.no_grad()
     def choose(self, state: dict[str, Tensor], count: np.ndarray) -> dict[str, Tensor]:
-        now, chosen = count % (self.config.goal_duration * self.config.top_duration) == 0, {}
-        if now.any():
+        """The top's decision, every K * top_duration steps, then the middle's, every K steps."""
+        due = count % (self.config.goal_duration * self.config.top_duration) == 0
+        chosen = {}
+        if due.any():
             skill = self.top.dist(self.top.feat(state)).rsample().flatten(1)
             chosen = {"top_skill": skill, "top_goal": self.top_goals.decode(skill)}
-        if now.any() and not now.all():
-            now = torch.as_tensor(now, device=skill.device)[:, None]
-            chosen = {key: torch.where(now, value, state[key]) for key, value in chosen.items()}
-        return chosen | super().choose({**state, **chosen}, count)
+        if due.any() and not due.all():
+            due = torch.as_tensor(due, device=skill.device)[:, None]
+            chosen = {key: torch.where(due, value, state[key]) for key, value in chosen.items()}
+        return {**chosen, **super().choose({**state, **chosen}, count)}
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         metrics = super().train_goals(states)
         with director.autocast(self.config):
-            loss, more = self.top_goals.loss(states["deter"].flatten(0, 1))
-        more["goal_grad_norm"] = self.optimizers["top_goals"].minimize(loss)
-        return metrics | {f"top_{key}": value for key, value in more.items()}
+            loss, top_metrics = self.top_goals.loss(states["deter"].flatten(0, 1))
+        top_metrics["goal_grad_norm"] = self.optimizers["top_goals"].minimize(loss)
+        return metrics | {f"top_{key}": value for key, value in top_metrics.items()}
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
         return self.top_goals.novelty(traj["deter"][1:])
 
     def reward_reach(self, traj: dict[str, Tensor]) -> Tensor:
+        """How close the state at the end of a middle goal is to the top's goal, [H, N]."""
         k = self.config.goal_duration
         reward = director.max_cosine(traj["top_goal"][:-k:k], traj["deter"][k::k])  # [H/K, N]
-        return reward.repeat_interleave(k, 0)  # in each step, since the middle gets their mean
+        return reward.repeat_interleave(k, 0)  # the middle's reward is the mean over K steps
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        lasts, views = self.config.top_duration, super().player_trajectories(traj)
-        top = {key: value.detach() for key, value in {**traj, "skill": traj["top_skill"]}.items()}
-        top = director.abstract_trajectory(top, self.config.goal_duration * lasts)
-        middle = self.relabel(views["manager"], self.goals)
-        middle = director.split_trajectory({**middle, "goal": middle["top_goal"]}, lasts)
-        views["manager"] = {**middle, "top_goal": middle["goal"]}
-        return {**views, "top": self.relabel(top, self.top_goals)}
+        """The middle acts every K steps and learns one trajectory for each goal of the top."""
+        players = super().player_trajectories(traj)
+        duration = self.config.top_duration  # in actions of the middle
+        middle = self.relabel(players["manager"], self.goals)
+        middle["goal"] = middle["top_goal"]  # split_trajectory treats it as the goal pursued
+        middle = director.split_trajectory(middle, duration)
+        middle["top_goal"] = middle["goal"]
+        players["manager"] = middle
+        top = {key: value.detach() for key, value in traj.items()}
+        top["skill"] = top["top_skill"]
+        top = director.abstract_trajectory(top, self.config.goal_duration * duration)
+        players["top"] = self.relabel(top, self.top_goals)
+        return players
 
     @torch.no_grad()
     def relabel(self, traj: dict[str, Tensor], goals: director.GoalAutoencoder) -> dict:
-        """In some trajectories, the codes of the states that were reached are the actions."""
+        """Hindsight actions: in some trajectories, the codes of the states that were reached."""
         with director.autocast(self.config):
             reached = goals.encode(traj["deter"][1:]).rsample().flatten(-2)  # [n, N, GL]
-        some = torch.rand_like(traj["cont"][0, :, None]) < self.config.hindsight
-        action = torch.where(some, reached, traj["action"][:-1])
-        return {**traj, "action": torch.cat([action, traj["action"][-1:]])}  # it earns nothing
+        chosen = torch.rand_like(traj["cont"][0, :, None]) < self.config.hindsight  # [N, 1]
+        action = torch.where(chosen, reached, traj["action"][:-1])
+        last = traj["action"][-1:]  # has no reward
+        return {**traj, "action": torch.cat([action, last])}
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
-        span = self.config.goal_duration * self.config.top_duration
-        other = {**traj, "top_goal": traj["top_goal"].roll(traj["top_goal"].shape[1] // 2, 1)}
-        return super().train_imagined(traj) | {
-            "reach_last": traj["reward_reach"][span - 1 :: span].mean(),
-            "reach_other": self.reward_reach(other)[span - 1 :: span].mean()}
+        """Also the top's goal reward at the end of its goals, and the same with exchanged goals."""
+        metrics = super().train_imagined(traj)
+        duration = self.config.goal_duration * self.config.top_duration
+        shift = traj["top_goal"].shape[1] // 2
+        other = self.reward_reach({**traj, "top_goal": traj["top_goal"].roll(shift, 1)})
+        metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean()
+        metrics["reach_other"] = other[duration - 1 :: duration].mean()
+        return metrics
 
 
 if __name__ == "__main__":

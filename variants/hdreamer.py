@@ -1,24 +1,29 @@
-"""Hierarchical latents: what is random about a state comes on two levels, coarse and fine.
+"""Hierarchical latents: the stochastic state has a coarse and a fine level.
 
-One categorical sample has to hold the layout of a scene and its details alike. With two levels, as
-in ladder VAEs (Sonderby et al., 2016) and NVAE (Vahdat and Kautz, 2020), the coarse one is drawn
-first, and the fine one adds what that leaves open.
+Papers: ladder variational autoencoders (Sonderby et al., 2016) and NVAE (Vahdat and Kautz, 2020).
 
     python -m variants.hdreamer --task pinpad_three
-    python -m variants.hdreamer --logdir RUN ...    goes on with a run of director.py, by its flags
+    python -m variants.hdreamer --logdir RUN ...    resumes a run of director.py, with its flags
 
-What changes: `stoch` is [coarse, fine]. The coarse level is Director's, `--stoch` groups of
-`--classes`. The fine one, `--bottom_stoch` of `--bottom_classes`, has a prior that sees the coarse
-sample, too, and a posterior with the logits
+Idea: one categorical sample has to represent both the layout of a scene and its details. With two
+levels, the coarse one is drawn first, and the fine one adds what is still unknown given the coarse.
 
-    prior's logits + correction(deter, coarse sample, embed)     (NVAE's residual, Section 3.2),
+What changes:
+- `stoch` is [coarse, fine]. The coarse level is Director's: `--stoch` groups of `--classes`. The
+  fine level has `--bottom_stoch` groups of `--bottom_classes`.
+- The prior of the fine level reads the coarse sample, too. Its posterior has the logits
 
-with gradients through both terms. Each level has its balanced KL (Director's eq. 2) and a scale of
-its own; `--kl_target` is split by numbers of groups. Whatever sees `stoch` sees both levels.
+      logits of the prior + correction(deter, coarse sample, embed)   (NVAE's residual, Section 3.2)
 
-With a checkpoint of director.py the agent first acts as it did: weights for the fine level start at
-0, and so does the correction; Adam's moments start anew. Both levels are of the same moment; one
-that is slower in time is another idea (Clockwork VAE), and left out.
+  with gradients through both terms.
+- Each level has a balanced KL (Director's eq. 2) with an adaptive scale of its own. `--kl_target`
+  is divided in proportion to the numbers of groups.
+- Everything that reads `stoch` reads both levels.
+
+From a checkpoint of director.py, the agent at first acts exactly as Director did: its weights for
+the fine level start at 0, and so does the correction. Adam's moments start anew.
+
+What is left out: levels that differ in time scale (Clockwork VAE). Both levels change in each step.
 """
 
 import dataclasses
@@ -43,44 +48,56 @@ class Config(director.Config):
 
 
 class RSSM(director.RSSM):
-    """Director's, with `stoch` and logits, [..., SC], of two levels, one after the other."""
+    """Director's; `stoch` and logits, both [..., SC], are those of the coarse, then the fine level.
+
+    levels: (groups, classes) of both. parts: their sizes in `stoch`.
+    """
 
     def __init__(self, embed: int, action: int, config: Config):
         super().__init__(embed, action, config)
-        self.levels = self.groups, (config.bottom_stoch, config.bottom_classes)
-        coarse, fine = (stoch * classes for stoch, classes in self.levels)
-        self.parts = [coarse, fine]
-        self.size = coarse + fine  # of stoch
         deter, hidden = config.deter, config.hidden
+        coarse = config.stoch * config.classes
+        fine = config.bottom_stoch * config.bottom_classes
+        self.levels = [self.groups, (config.bottom_stoch, config.bottom_classes)]
+        self.parts = [coarse, fine]
+        self.size = coarse + fine
         self.inputs = nn.Sequential(*director.dense(self.size + action, hidden))
-        self.fine_net, self.correction = (
-            nn.Sequential(*director.dense(size, hidden), director.glorot(nn.Linear(hidden, fine)))
-            for size in (deter + coarse, deter + coarse + embed))
+        self.fine_net = nn.Sequential(
+            *director.dense(deter + coarse, hidden), director.glorot(nn.Linear(hidden, fine)))
+        self.correction = nn.Sequential(
+            *director.dense(deter + coarse + embed, hidden),
+            director.glorot(nn.Linear(hidden, fine)))
         nn.init.zeros_(self.correction[-1].weight)
 
     def split(self, logits: Tensor) -> list[Tensor]:
-        """Those of both levels, [..., SC], to those of each, [..., S, C]."""
-        parts = zip(logits.split(self.parts, -1), self.levels, strict=True)
-        return [part.unflatten(-1, groups) for part, groups in parts]
+        """Logits of both levels, [..., SC], to those of each level, [..., S, C]."""
+        coarse, fine = logits.split(self.parts, -1)
+        return [coarse.unflatten(-1, self.levels[0]), fine.unflatten(-1, self.levels[1])]
 
     def prior(self, deter: Tensor, stoch: Tensor) -> Tensor:
-        """Logits [..., SC] before the observation, those of the fine level given coarse `stoch`."""
-        fine = self.fine_net(torch.cat([deter, stoch[..., : self.parts[0]]], -1)).float()
-        return torch.cat([super().prior(deter).flatten(-2), fine], -1)
+        """Logits [..., SC] without the observation; those of the fine level, given coarse stoch."""
+        coarse_stoch = stoch[..., : self.parts[0]]
+        fine = self.fine_net(torch.cat([deter, coarse_stoch], -1)).float()
+        coarse = super().prior(deter).flatten(-2)
+        return torch.cat([coarse, fine], -1)
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
-        coarse, logit = super().posterior(deter, embed)
-        seen = torch.cat([deter, coarse], -1)
-        fine = self.fine_net(seen).float() + self.correction(torch.cat([seen, embed], -1)).float()
-        sample = director.OneHot(fine.unflatten(-1, self.levels[1])).rsample().flatten(-2)
-        return torch.cat([coarse, sample], -1), torch.cat([logit.flatten(-2), fine], -1)
+        coarse_stoch, coarse = super().posterior(deter, embed)
+        known = torch.cat([deter, coarse_stoch], -1)
+        prior = self.fine_net(known).float()
+        fine = prior + self.correction(torch.cat([known, embed], -1)).float()
+        dist = director.OneHot(fine.unflatten(-1, self.levels[1]))
+        stoch = torch.cat([coarse_stoch, dist.rsample().flatten(-2)], -1)
+        return stoch, torch.cat([coarse.flatten(-2), fine], -1)
 
     def predict_stoch(self, deter: Tensor, sample: bool = True) -> Tensor:
-        seen = deter
-        for net, groups in zip((self.prior_net, self.fine_net), self.levels, strict=True):
-            dist = director.OneHot(net(seen).float().unflatten(-1, groups))
-            seen = torch.cat([seen, (dist.rsample() if sample else dist.mode).flatten(-2)], -1)
-        return seen[..., deter.shape[-1] :]
+        """Draw the coarse level, then the fine level given that (or take their modes)."""
+        known = deter
+        for net, groups in zip([self.prior_net, self.fine_net], self.levels, strict=True):
+            dist = director.OneHot(net(known).float().unflatten(-1, groups))
+            level = dist.rsample() if sample else dist.mode
+            known = torch.cat([known, level.flatten(-2)], -1)
+        return known[..., deter.shape[-1] :]
 
 
 class WorldModel(director.WorldModel):
@@ -88,17 +105,22 @@ class WorldModel(director.WorldModel):
 
     def __init__(self, *args):
         super().__init__(*args)
-        groups = torch.tensor([float(stoch) for stoch, _ in self.rssm.levels])
+        groups = torch.tensor([float(groups) for groups, _ in self.rssm.levels])
         targets = self.kl_adapt.target * groups / groups.sum()
         self.kl_adapt = director.AutoAdapt((2,), targets, low=1e-5, high=1.0)
 
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        levels, metrics = [self.rssm.split(states[key]) for key in ("post", "prior")], {}
-        kls = [director.balanced_kl(post, prior, 0.8) for post, prior in zip(*levels, strict=True)]
-        for i, level in enumerate(("coarse", "fine")):
-            ents = [director.OneHot(logits[i]).entropy().sum(-1).mean() for logits in levels]
-            metrics |= {f"{level}_kl": kls[i].mean(), f"{level}_kl_scale": self.kl_adapt.scale[i],
-                        f"{level}_post_ent": ents[0], f"{level}_prior_ent": ents[1]}
+        posts = self.rssm.split(states["post"])
+        priors = self.rssm.split(states["prior"])
+        kls = []
+        metrics = {}
+        for i, level in enumerate(["coarse", "fine"]):
+            kl = director.balanced_kl(posts[i], priors[i], 0.8)
+            kls.append(kl)
+            metrics[f"{level}_kl"] = kl.mean()
+            metrics[f"{level}_kl_scale"] = self.kl_adapt.scale[i]
+            metrics[f"{level}_post_ent"] = director.OneHot(posts[i]).entropy().sum(-1).mean()
+            metrics[f"{level}_prior_ent"] = director.OneHot(priors[i]).entropy().sum(-1).mean()
         return self.kl_adapt(torch.stack(kls, -1)).sum(-1), metrics
 
 
@@ -110,18 +132,28 @@ class Agent(director.Director):
 
     def restore(self, state: dict):
         if state["variant"] not in self.compatible_variants:
-            return super().restore(state)
-        (coarse, fine), weights = self.world_model.rssm.parts, self.state_dict()
-        for key, flat in state["agent"].items():
-            own = weights[key]
-            if own.shape != flat.shape and flat.ndim:
-                dim = int(len(own) == len(flat))  # of a convolution, inputs are the first one
-                start = coarse if "rssm.inputs" in key else self.config.deter + coarse
-                before, after = flat.tensor_split([start], dim)
-                flat = torch.cat([before, 0 * own.narrow(dim, start, fine).cpu(), after], dim)
-            weights[key] = flat.expand_as(own)  # one scale of the KL becomes that of each level
+            super().restore(state)
+            return
+        weights = self.state_dict()
+        for key, value in state["agent"].items():
+            weights[key] = self.widen(key, value, weights[key])
         self.load_state_dict(weights)
         self.grad_steps = int(state["grad_steps"])
+
+    def widen(self, key: str, value: Tensor, own: Tensor) -> Tensor:
+        """Director's weights as those of this agent, `own`: with inputs for the fine level, of 0.
+
+        In what reads `stoch`, the fine level comes after the coarse one. In a linear layer, inputs
+        are dimension 1, in a transposed convolution dimension 0.
+        """
+        if value.ndim == 0 or value.shape == own.shape:
+            return value.expand_as(own)  # the scale of Director's KL becomes that of both levels
+        coarse, fine = self.world_model.rssm.parts
+        start = coarse if "rssm.inputs" in key else self.config.deter + coarse
+        dim = 1 if len(own) == len(value) else 0
+        before, after = value.tensor_split([start], dim)
+        zeros = torch.zeros_like(own.narrow(dim, start, fine), device=value.device)
+        return torch.cat([before, zeros, after], dim)
 
 
 if __name__ == "__main__":

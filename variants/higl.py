@@ -1,25 +1,31 @@
-"""Continuous latent goals: the manager points at a place in a small space that is learned for it.
+"""Continuous latent goals: a goal is a point in a learned space of few dimensions.
 
-An encoder E maps states s (`deter`) to a few numbers in (-1, 1), so that distances there tell how
-far apart in time states are. A goal z is a point in that space: the manager draws it from a
-Gaussian, and the worker is paid -|E(s[t+1]) - z|^2. Nothing has to be decoded, and near goals are
-near codes, which is not so for Director's. Goal-conditioned hierarchies like HIRO (Nachum et al.,
-2018) and HIGL (Kim et al., 2021) point at places in spaces that are given; here it is learned.
+Papers: goal-conditioned hierarchies such as HIRO (Nachum et al., 2018) and HIGL (Kim et al., 2021),
+whose goals are points in given spaces; Contrastive Predictive Coding (CPC; van den Oord et al.,
+2018) for the contrastive loss.
 
     python -m variants.higl --task pinpad_three [--higl_loss contrastive]
 
-What changes: E learns on replay so that s[t+K] can be predicted from E(s[t]), by squared error, or
-with `contrastive` as in Contrastive Predictive Coding (InfoNCE, CPC's eq. 4; van den Oord et al.,
-2018): of all states s_j[t+K] of the batch, the code of s_i[t] has to be nearest to that of its own
-successor. Nearness is sim(a, b) = -|a - b|^2 / temperature, the very distance that is paid. This
-finds whatever tells trajectories apart; `deter` remembers, so that it sets two visits to a place
-apart, and distances say less about moves (see README.md). The manager's action is z, by REINFORCE.
-Its exploration reward is the distance of E(s) to the nearest code of the last 1,024 replayed ones.
+Idea: an encoder E maps states s (`deter`) to a few numbers in (-1, 1), such that distances between
+codes tell how far apart in time states are. A goal z is a point in that space, and the worker's
+reward is -|E(s[t+1]) - z|^2. Goals need no decoder, and goals that are close have codes that are
+close, which is not so for Director's discrete codes.
 
-What is left out: CPC's recurrent context and its bilinear score, whose scale nothing ties to a
-distance. HIGL's landmarks (far-apart and new states, and a graph that plans over them) and its
-adjacency network: here, goals may be out of reach within K steps, and the manager's return alone
-teaches it which are not. HIRO's off-policy relabelling, which imagination makes unnecessary.
+What changes:
+- E learns from replay to predict s[t+K] from E(s[t]), by squared error.
+- With `--higl_loss contrastive` it learns by InfoNCE (CPC, eq. 4) instead: among the codes of all
+  states s_j[t+K] of the batch, the code of s_i[t] has to be most similar to that of its own
+  successor s_i[t+K], where sim(a, b) = -|a - b|^2 / temperature is the distance of the reward. This
+  distinguishes whatever differs between trajectories. Since `deter` remembers the past, two visits
+  to one place get distant codes, and distances tell less about time (see README.md).
+- The manager's action is z, a Gaussian trained by REINFORCE. Its exploration reward is the distance
+  of E(s) to the nearest code of the last 1,024 replayed states.
+
+What is left out: CPC's recurrent context, and its bilinear score, whose scale is not tied to a
+distance. HIGL's landmarks (states that are far apart or new, and a graph for planning over them)
+and its adjacency network: here a goal may be out of reach within K steps, and only the manager's
+return teaches it which goals are. HIRO's off-policy correction, which imagination makes
+unnecessary.
 """
 
 import dataclasses
@@ -33,15 +39,17 @@ from variants import same_episode
 
 
 class Codes(nn.Module):
-    """States [..., D] to codes [..., d]; a goal is a code."""
+    """States [..., D] to codes [..., d]; a code is a goal."""
 
     def __init__(self, config: "Config"):
         super().__init__()
-        self.groups, self.size, self.config = (config.latent,), config.latent, config
+        self.config = config
+        self.groups = (config.latent,)
+        self.size = config.latent  # of a goal
         self.encoder = director.MLP(config.deter, (config.latent,), config)
         if config.higl_loss == "reconstruction":
             self.predictor = director.MLP(config.latent, (config.deter,), config)
-        self.register_buffer("memory", torch.zeros(1024, config.latent))
+        self.register_buffer("memory", torch.zeros(1024, config.latent))  # newest first
 
     def encode(self, deter: Tensor) -> Tensor:
         return self.encoder(deter).tanh()
@@ -56,11 +64,12 @@ class Codes(nn.Module):
         return torch.cdist(code.flatten(0, -2), self.memory).amin(-1).view(code.shape[:-1])
 
     def info_nce(self, now: Tensor, later: Tensor, weight: Tensor) -> tuple[Tensor, dict]:
-        """CPC, eq. 4, on pairs of codes [M, d] of these weights [M]: loss, metrics."""
+        """CPC, eq. 4, on pairs of codes [M, d] with weights [M]: loss, metrics."""
         sim = -(now[:, None] - later).square().sum(-1) / self.config.temperature  # [M, M]
         loss = -(sim.log_softmax(-1).diagonal() * weight).mean()
-        nearer = (sim > sim.diagonal()[:, None]).float().mean(-1)  # share of negatives
-        return loss, {"goal_loss": loss, "goal_rank": (nearer * weight).mean()}
+        # The fraction of all codes that are nearer than the successor.
+        rank = (sim > sim.diagonal()[:, None]).float().mean(-1)
+        return loss, {"goal_loss": loss, "goal_rank": (rank * weight).mean()}
 
 
 @dataclasses.dataclass
@@ -83,30 +92,34 @@ class Agent(director.Director):
     Config, Goals = Config, Codes
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        deter, k, goals = states["deter"], self.config.goal_duration, self.goals
+        k = self.config.goal_duration
+        goals = self.goals
+        deter = states["deter"]
         weight = same_episode(states["is_first"], k).float()  # [B, T-K]
         with director.autocast(self.config):
-            codes = goals.encode(deter)
+            codes = goals.encode(deter)  # [B, T, d]
             if self.config.higl_loss == "reconstruction":
                 error = (goals.predictor(codes[:, :-k]) - deter[:, k:]).square().sum(-1)
                 loss = (error * weight).mean()
                 metrics = {"goal_loss": loss}
         if self.config.higl_loss == "contrastive":
-            loss, metrics = goals.info_nce(
-                codes[:, :-k].flatten(0, 1), codes[:, k:].flatten(0, 1), weight.flatten())
+            now = codes[:, :-k].flatten(0, 1)
+            later = codes[:, k:].flatten(0, 1)
+            loss, metrics = goals.info_nce(now, later, weight.flatten())
         metrics["goal_grad_norm"] = self.optimizers["goals"].minimize(loss)
         newest = torch.cat([codes.detach().flatten(0, 1), goals.memory])
         goals.memory.copy_(newest[: len(goals.memory)])
         return metrics
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
+        """Minus the squared distance to the goal, [H, N]."""
         return -(self.goals.encode(traj["deter"][1:]) - traj["goal"][:-1]).square().sum(-1)
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
         return self.goals.novelty(traj["deter"][1:])
 
-    def picture_goal(self, goal: Tensor):
-        """A point of a learned space looks like nothing."""
+    def picture_goal(self, goal: Tensor) -> None:
+        """A point of the learned space has no picture."""
 
 
 if __name__ == "__main__":

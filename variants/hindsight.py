@@ -1,21 +1,28 @@
-"""Hindsight: what was reached by accident is learned from as if it had been the goal (HER).
+"""Hindsight: the worker also learns as if states it reached had been its goals.
 
-Andrychowicz et al., 2017. A goal that pays only where it is reached hardly ever pays a beginner.
-But what was done led somewhere: each transition is learned under its own goal and under `--her`
-states that came later in its replay chunk (Algorithm 1; "future" in Section 4.5), paid accordingly.
+Paper: Hindsight Experience Replay (HER; Andrychowicz et al., 2017).
 
     python -m variants.hindsight --task pinpad_three [--her 0]
 
-What changes: the worker. Relabelled experience is off-policy, so it learns Q(s, g, a) from replayed
-transitions to s', with cont = 0 at terminal states, by squared error, towards
+Idea: if a goal is rewarded only where it is reached, an untrained worker hardly ever gets a reward.
+But it reached some states. So each transition is learned with its own goal and also with `--her`
+states that came later in its replay chunk as goals, with the rewards that these goals would have
+brought (Algorithm 1; strategy "future" of Section 4.5).
 
-    r + (1 - r) (1 - 1/K) cont max over a' of Q_slow(s', g, a'),  r = max_cosine(g, s') > --reached,
+What changes: the worker, since relabelled experience is off-policy. From replayed transitions s, a,
+s' it learns Q(s, g, a) by squared error towards
 
-and acts epsilon-greedily; continuous actions come from an actor that climbs Q_slow (DDPG's climbs
-Q), with noise. Reaching a goal ends it, and so does, as Q sees no clock, a chance of 1/K per step.
-A transition's own goal is one that the manager, which learns in imagination as before, would set
-there now: what was set then was a point of an older state space. Left out: HER's rewards of -1 and
-0 (equal up to scale and offset), input normalisation, penalty on actions and mixture of noises.
+    r + (1 - r) (1 - 1/K) cont max over a' of Q_slow(s', g, a')
+
+with r = 1 if max_cosine(g, s') > `--reached`, else 0, and cont = 0 if s' is terminal, else 1. A
+goal ends when it is reached, and with probability 1/K in each step, since Q does not know how long
+the goal has lasted. Discrete actions are epsilon-greedy. Continuous ones come from an actor with
+Gaussian noise; the actor maximises Q_slow (in DDPG, Q). A transition's own goal is one that the
+manager would set in s now: goals that it set earlier were states of an older world model. The
+manager learns in imagination, as before.
+
+What is left out: HER's rewards are -1 and 0, which is the same up to scale and offset. HER also
+normalises inputs, penalises large actions, and mixes Gaussian with uniform noise.
 """
 
 import copy
@@ -30,34 +37,50 @@ from variants import same_episode
 
 
 def later_states(deter: Tensor, is_first: Tensor, amount: int) -> Tensor:
-    """Later states of a step's episode: [B, T, D], bool [B, T] -> [amount, B, T-1, D]."""
+    """Random later states of each step's episode: [B, T, D], bool [B, T] -> [amount, B, T-1, D].
+
+    Where the next step is of another episode, the result has no meaning and has to be masked.
+    """
     step = torch.arange(deter.shape[1], device=deter.device)
-    starts = torch.where(is_first, step, len(step)).flip(1).cummin(1).values.flip(1)
-    left = starts[:, 1:] - step[1:]  # steps of it to come; where there are none, it is masked
-    later = step[1:] + (torch.rand(amount, *left.shape, device=step.device) * left).long()
+    starts = torch.where(is_first, step, len(step))  # T where no episode starts
+    next_start = starts.flip(1).cummin(1).values.flip(1)  # the first start at or after each step
+    steps_left = next_start[:, 1:] - step[1:]  # [B, T-1]
+    random = torch.rand(amount, *steps_left.shape, device=step.device)
+    later = step[1:] + (random * steps_left).long()
     return deter[None].take_along_dim(later[..., None], 2)
 
 
 class Worker(nn.Module):
-    """Q [..., F] -> [..., A], or of continuous actions [..., F + A] -> [...], with an actor."""
+    """Q [..., F] -> [..., A]; for continuous actions Q [..., F + A] -> [...], and an actor."""
 
-    keys, reinforce, feat = ("deter", "stoch", "goal"), True, director.ActorCritic.feat
+    keys = ("deter", "stoch", "goal")
+    reinforce = True  # imagination needs no gradients
+    feat = director.ActorCritic.feat
 
     def __init__(self, feat: int, action: int, discrete: bool, config: "Config"):
         super().__init__()
-        self.discrete, self.noise, sizes = discrete, config.noise, (feat, (action,))
-        self.q = director.MLP(*sizes if discrete else (feat + action, ()), config)
-        self.actor = None if discrete else director.MLP(*sizes, config)
+        self.discrete = discrete
+        self.noise = config.noise
+        if discrete:
+            self.q = director.MLP(feat, (action,), config)
+            self.actor = None
+        else:
+            self.q = director.MLP(feat + action, (), config)
+            self.actor = director.MLP(feat, (action,), config)
 
     def value(self, feat: Tensor, action: Tensor) -> Tensor:
-        q = self.q(feat if self.discrete else torch.cat([feat, action], -1))
-        return (q * action).sum(-1) if self.discrete else q
+        """Q of an action, [..., F], [..., A] -> [...]."""
+        if self.discrete:
+            return (self.q(feat) * action).sum(-1)
+        return self.q(torch.cat([feat, action], -1))
 
     def best(self, feat: Tensor) -> Tensor:
+        """The best action, [..., F] -> [..., A]."""
         return director.OneHot(self.q(feat)).mode if self.discrete else self.actor(feat).tanh()
 
     def dist(self, feat: Tensor) -> director.OneHot | torch.distributions.Normal:
-        if self.discrete:  # the best action, but for a share of random ones
+        """The best action with noise; its mode is without."""
+        if self.discrete:
             return director.OneHot(1e3 * self.best(feat), unimix=self.noise)
         return torch.distributions.Normal(self.best(feat), self.noise, validate_args=False)
 
@@ -66,10 +89,11 @@ class Worker(nn.Module):
 class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
     batch_length: int = director.flag(None, "steps in a replay chunk", low=2)
-    worker_extr: float = director.flag(0.0, "none: reaching goals pays", low=0, high=0)
-    her: int = director.flag(4, "later states as goals", low=0, group="hindsight")
-    reached: float = director.flag(0.95, "a goal is, above this max-cosine", low=0, high=1)
-    noise: float = director.flag(0.2, "share of random actions, or std", low=0, high=0.999)
+    worker_extr: float = director.flag(0.0, "0: only goals are rewarded", low=0, high=0)
+    her: int = director.flag(4, "later states as goals of each step", low=0, group="hindsight")
+    reached: float = director.flag(0.95, "max-cosine at which a goal is reached", low=0, high=1)
+    noise: float = director.flag(0.2, "fraction of random actions, or their standard deviation",
+                                 low=0, high=0.999)
 
 
 class Agent(director.Director):
@@ -85,30 +109,45 @@ class Agent(director.Director):
         self.optimizers["worker"] = director.Optimizer(self.worker, self.config)
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
+        """1 where the goal is reached, else 0, [H, N]."""
         return (super().reward_goal(traj) > self.config.reached).float()
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics, worker, slow = super().train_goals(states), self.worker, self.slow
-        config, deter, is_first = self.config, states["deter"], states["is_first"]
-        if (self.grad_steps - 1) % config.slow_every == 0:
-            slow.load_state_dict(worker.state_dict())
-        with director.autocast(config):
-            now = {key: states[key][:, :-1].flatten(0, 1) for key in ("deter", "stoch")}
-            own = self.goals.decode(self.sample_skill(now)).detach().view_as(deter[:, :-1])
-            goal = torch.cat([own[None], later_states(deter, is_first, config.her)])
-            state = torch.cat([deter, states["stoch"]], -1).expand(len(goal), -1, -1, -1)
-            feat, after = (torch.cat([x, goal], -1).flatten(1, 2)  # [1 + her, B(T-1), F]
-                           for x in (state[:, :, :-1], state[:, :, 1:]))
-            action = states["action"][:, 1:].flatten(0, 1).expand(len(goal), -1, -1)
-            reward = (director.max_cosine(goal, deter[:, 1:]) > config.reached).float().flatten(1)
-            cont = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
-            future = slow.value(after, slow.best(after)).clamp(0, 1)
-            error = worker.value(feat, action) - reward - (1 - reward) * cont * future
-            climb = 0 if self.discrete else slow.value(feat, worker.best(feat))  # for the actor
-        loss = ((error**2 - climb) * same_episode(is_first, 1).flatten()).mean()
+        """Goal autoencoder, then the worker, on replayed states [B, T, ...]."""
+        metrics = super().train_goals(states)
+        if (self.grad_steps - 1) % self.config.slow_every == 0:
+            self.slow.load_state_dict(self.worker.state_dict())
+        with director.autocast(self.config):
+            loss = self.worker_loss(states)
         metrics["worker_loss"] = loss
         metrics["worker_grad_norm"] = self.optimizers["worker"].minimize(loss)
         return metrics
+
+    def worker_loss(self, states: dict[str, Tensor]) -> Tensor:
+        """Of all B (T-1) transitions with each of their 1 + her goals."""
+        config, worker, slow = self.config, self.worker, self.slow
+        deter, is_first = states["deter"], states["is_first"]
+
+        # Goals, [1 + her, B, T-1, D]: the manager's, then states that came later.
+        now = {key: states[key][:, :-1].flatten(0, 1) for key in ("deter", "stoch")}
+        own = self.goals.decode(self.sample_skill(now)).detach().view_as(deter[:, :-1])
+        goal = torch.cat([own[None], later_states(deter, is_first, config.her)])
+
+        # Transitions, [1 + her, B (T-1), ...]; the action of row t + 1 led from t to t + 1.
+        state = torch.cat([deter, states["stoch"]], -1).expand(len(goal), -1, -1, -1)
+        before = torch.cat([state[:, :, :-1], goal], -1).flatten(1, 2)
+        after = torch.cat([state[:, :, 1:], goal], -1).flatten(1, 2)
+        action = states["action"][:, 1:].flatten(0, 1).expand(len(goal), -1, -1)
+        reached = director.max_cosine(goal, deter[:, 1:]) > config.reached
+        reward = reached.float().flatten(1)
+        cont = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
+
+        future = slow.value(after, slow.best(after)).clamp(0, 1)
+        target = reward + (1 - reward) * cont * future
+        loss = (worker.value(before, action) - target) ** 2
+        if not self.discrete:
+            loss = loss - slow.value(before, worker.best(before))  # trains the actor alone
+        return (loss * same_episode(is_first, 1).flatten()).mean()
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {"manager": super().player_trajectories(traj)["manager"]}

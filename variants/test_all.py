@@ -95,6 +95,7 @@ def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimiser(agent, f
         close(action.sum(-1), np.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("agent", "flags"), dict(VARIANTS[::-1]).items(), ids=short_name)
 def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
@@ -110,6 +111,7 @@ def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     assert {name for _, name in pictures} == {"episode", "openloop"}
 
 
+@pytest.mark.slow
 def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(tmp_path, capsys):
     flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no",
              "--batch_length=10", f"--logdir={tmp_path}"]

@@ -21,6 +21,7 @@ from variants import (
     parallel,
 )
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
