@@ -72,10 +72,10 @@ def test_hdreamer_draws_the_fine_level_given_the_coarse_and_corrects_its_prior()
     close(found.detach(), chance.detach(), atol=0.05)
 
 
-@pytest.mark.parametrize("task", ["gym_ShortPinPad-v0", "gym_Corridor-v0"])
+@pytest.mark.parametrize("task", ["gym_ShortPinPad-v0", "gym_envs.grid:Corridor-v0"])
 def test_hdreamer_goes_on_with_a_run_of_director_and_first_acts_as_it_did(
         task, tmp_path, monkeypatch):
-    run = [*RUN, f"--task={task}", f"--logdir={tmp_path}"]
+    run = [*RUN, f"--task={task}", "--processes=no", f"--logdir={tmp_path}"]
     assert director.main([*run, "--steps=150"]) == 0
     flags = {"bottom_stoch": 3, "bottom_classes": 5, "device": "cpu", "precision": "float32"}
     agents = [director.load(tmp_path, device="cpu", precision="float32"),
