@@ -1,11 +1,13 @@
-"""CUDA graphs: a GPU replays what a train step has launched once, instead of being told it again.
+"""CUDA graphs: the kernels of a train step are recorded once and then replayed by the GPU.
 
-A train step of the paper's size launches about 12,000 kernels, which is several times as much work
-for Python as it is for a large GPU. Its shapes never change, all that it trains keeps its memory,
-and it reads nothing back, so it can be recorded. On a GPU director.py learns through this, if
-`--eager` is not set; a variant whose train step does something in Python that differs from step to
-step (`prioritized`, `dyna_q`) must not, so none does. The results are those of eager steps, random
-numbers included. The recording takes seconds; it keeps its memory until the program ends.
+A train step of size `paper` launches about 12,000 kernels. Launching them from Python takes several
+times as long as a large GPU needs to compute them. A train step can be recorded because its shapes
+never change, parameters and statistics stay at their addresses, and it reads no value back.
+
+director.py trains in this way on a GPU unless `--eager` is set. Variants do not, because a train
+step that does something else in Python from step to step must not be recorded (`prioritized`,
+`dyna_q`). Results equal those of eager steps, random numbers included. Recording takes seconds, and
+its memory is in use until the program ends.
 """
 
 import numpy as np
@@ -14,27 +16,30 @@ from torch import Tensor
 
 
 class Graphed:
-    """`agent.train_step` for batches of one shape: eager a few times, which train as well, then two
-    graphs, one for steps that copy the critics to the slow ones."""
+    """`agent.train_step` as CUDA graphs, for batches of one shape.
+
+    The first `eager` steps are executed as usual, since PyTorch asks for a warm-up. Then there are
+    two graphs: of steps that copy the critics to the slow critics, and of steps that do not.
+    """
 
     def __init__(self, agent, eager: int = 3):
-        self.agent, self.eager = agent, eager
-        self.batch, self.graphs = {}, {}  # whether it copies: (graph, names of metrics, values)
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.agent = agent
+        self.eager = eager
+        self.batch = {}  # the tensors that the graphs read
+        self.graphs = {}  # {copies critics: (graph, names of metrics, values [M])}
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """One gradient step on arrays [B, T, ...]; scalar metrics."""
-        agent, main = self.agent, torch.cuda.current_stream()
-        self.batch = self.batch or agent.tensors(arrays)
+        """One gradient step on replay chunks, arrays [B, T, ...]; returns scalar metrics."""
+        agent = self.agent
+        if not self.batch:
+            self.batch = agent.tensors(arrays)
         for key, value in self.batch.items():
             value.copy_(torch.as_tensor(arrays[key]))
-        if self.eager:  # on another stream than the usual one, as a recording will be
+        if self.eager > 0:
             self.eager -= 1
-            self.stream.wait_stream(main)
-            with torch.cuda.stream(self.stream):
-                metrics = agent.train_step(self.batch)
-            main.wait_stream(self.stream)
-            return metrics
+            return self.warm_up()
         copies = agent.grad_steps % agent.config.slow_every == 0
         if copies not in self.graphs:
             self.graphs[copies] = self.record()
@@ -43,14 +48,24 @@ class Graphed:
         agent.grad_steps += 1
         return dict(zip(names, values.clone(), strict=True))
 
+    def warm_up(self) -> dict[str, Tensor]:
+        """An eager train step on a side stream, as recordings are."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            metrics = self.agent.train_step(self.batch)
+        current.wait_stream(self.stream)
+        return metrics
+
     def record(self) -> tuple[torch.cuda.CUDAGraph, list[str], Tensor]:
-        """Of a train step, without doing it: the graph, and where it leaves its metrics, [M]."""
+        """Record a train step without executing it: the graph, names and values [M] of metrics."""
         for optimizer in self.agent.optimizers.values():
             for group in optimizer.param_groups:
-                group["capturable"] = True  # PyTorch asks for it; the fused Adam always is
-        graph, steps = torch.cuda.CUDAGraph(), self.agent.grad_steps
+                group["capturable"] = True  # PyTorch asks for it; fused optimizers always are
+        graph = torch.cuda.CUDAGraph()
+        grad_steps = self.agent.grad_steps
         with torch.cuda.graph(graph, pool=self.pool):
             metrics = self.agent.train_step(self.batch)
-            values = torch.stack([x.float() for x in metrics.values()])
-        self.agent.grad_steps = steps
+            values = torch.stack([value.float() for value in metrics.values()])
+        self.agent.grad_steps = grad_steps
         return graph, list(metrics), values

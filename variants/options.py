@@ -1,24 +1,32 @@
-"""Option-Critic: ways to behave that learn when to end (Bacon, Harb, Precup, 2017).
+"""Option-Critic: policies that last for a while, and learn when to end.
 
-An option w is a policy for a while, with a chance beta(s, w) to end in a state; a policy over
-options pi(w | s) picks the next. All learn from the task reward; nobody is set a goal.
+Paper: The Option-Critic Architecture (Bacon, Harb, Precup, 2017).
 
     python -m variants.options --task pinpad_three [--option_entropy 0 --option_cost 0]
 
-What changes: the worker sees an option (one-hot) and is paid by the task. In the state that was
-arrived in, the option that led there may end; then one is picked, maybe the same. The critic is
-Q(s, w), V(s) its mean under pi(w | s), and lambda returns are bootstrapped from
+Idea: an option w is a policy with a probability beta(s, w) of ending in state s. A policy over
+options, pi(w | s), then picks the next one. Everything learns from the task reward; there are no
+goals.
 
-    U(s', w) = (1 - beta(s', w)) Q(s', w) + beta(s', w) V(s')     (their eq. 3).
+What changes: the worker reads an option (one-hot) and is rewarded for the task. In each state that
+is reached, the option that led there ends with probability beta; then pi picks an option, which may
+be the same one. The critic is Q(s, w), and V(s) is its mean under pi(w | s). Lambda returns
+bootstrap from the value of arriving in s' with option w (eq. 3),
 
-beta minimises beta(s', w) (Q(s', w) - V(s') + cost), the bracket without gradient, over discounted
-chances to get there (theorem 2, the paper's xi); pi maximises V and its entropy, in all states. In
-the soft version V counts entropy, so it pays for ending: with the best pi, w ends where pi(w | s)
-< exp(-cost / entropy). Both are in deviations of Q - V, as rewards may be of any size.
+    U(s', w) = (1 - beta(s', w)) Q(s', w) + beta(s', w) V(s').
 
-What is left out: the paper's pi is epsilon-greedy in a Q learned from single real steps; ours is a
-network, learned in imagination. The cost is in beta's gradient, not in rewards (Harb et al., 2018).
-Actions get no gradient through ends and picks. Flags for goals only divide --horizon.
+- beta minimises beta(s', w) (Q(s', w) - V(s') + `--option_cost`), without a gradient through the
+  bracket, weighted by the discounted probability of getting there (theorem 2; xi is the cost).
+- pi maximises V plus `--option_entropy` times its entropy, in all states. V then includes future
+  entropies, and each pick adds one, which is a reason to end. With the optimal pi, option w ends
+  where pi(w | s) < exp(-cost / entropy weight).
+- Cost and entropy weight are in units of the standard deviation of Q - V, because rewards may have
+  any scale.
+
+What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
+is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
+Harb et al., 2018). Gradients of continuous actions do not flow through ends and picks. Flags for
+goals have no effect, but `--horizon` has to be a multiple of `--goal_duration`.
 """
 
 import dataclasses
@@ -33,62 +41,85 @@ import director
 
 @dataclasses.dataclass
 class Config(director.Config):
-    agent: str = director.flag("director", "a flat agent has none", ("director",), fixed=True)
-    options: int = director.flag(4, "how many there are", group="options", fixed=True)
-    option_entropy: float = director.flag(1.0, "weight of the entropy of a pick", low=0)
-    option_cost: float = director.flag(1.4, "what ending an option costs", low=0)
+    agent: str = director.flag("director", "a flat agent has no options", ("director",),
+                               fixed=True)
+    options: int = director.flag(4, "number of options", group="options", fixed=True)
+    option_entropy: float = director.flag(1.0, "weight of the entropy of picks", low=0)
+    option_cost: float = director.flag(1.4, "cost of ending an option", low=0)
 
 
 class OptionCritic(director.ActorCritic):
-    """An actor-critic with options, the last part of what it sees; beta is `end`, pi is `over`."""
+    """An actor-critic with W options, the last part of what it reads.
+
+    end: logits of beta. over: logits of pi. Both read the state without the option, [..., F - W].
+    A trajectory has also option [H+1, N, W], the one that acts; pick [H+1, N, W], the probabilities
+    pi; and beta [H+1, N], the probability that the option that led to a state ended there.
+    """
 
     def __init__(self, keys: tuple, feat: int, *args):
         super().__init__(keys, feat, *args)
         count = self.config.options
-        self.end, self.over = (director.MLP(feat - count, (count,), self.config) for _ in range(2))
+        self.end = director.MLP(feat - count, (count,), self.config)
+        self.over = director.MLP(feat - count, (count,), self.config)
         self.optimizers["end"] = director.Optimizer(self.end, self.config)
         self.optimizers["over"] = director.Optimizer(self.over, self.config)
-        self.gapnorm = director.Normalizer("std", 0.99, 1e8)
+        self.gapnorm = director.Normalizer("std", 0.99, 1e8)  # of Q - V
 
     def pick(self, state: Tensor) -> director.OneHot:
-        return director.OneHot(self.over(state), unimix=0.01)  # [..., W], as all discrete actors
+        """pi, [..., W]; mixed with the uniform distribution like all discrete actors."""
+        return director.OneHot(self.over(state), unimix=0.01)
 
     def values(self, state: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
-        """Q(s, w) of the slow critic, [..., W], and V(s) without its entropy, [...]."""
-        each = torch.eye(pick.shape[-1], device=pick.device).expand(*pick.shape, -1).unbind(-2)
-        values = [self.slow["extr"](torch.cat([state, option], -1)) for option in each]
+        """Q(s, w) of the slow critic, [..., W], and V(s) without entropies, [...]."""
+        count = pick.shape[-1]
+        values = []
+        for option in torch.eye(count, device=pick.device):
+            option = option.expand(*pick.shape[:-1], count)
+            values.append(self.slow["extr"](torch.cat([state, option], -1)))
         values = director.symexp(torch.stack(values, -1))
         return values, (values * pick).sum(-1)
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
-        """Lambda returns of the options that act, and their Q, [H, N] both, like all here."""
-        before, pick, beta = traj["option"][:-1], traj["pick"], traj["beta"][1:]
-        values, anew = self.values(feat[..., : -pick.shape[-1]], pick)  # [H+1, N, W], [H+1, N]
-        self.gapnorm(values - anew[..., None])
-        active, going_on = ((x * before).sum(-1) for x in (values[:-1], values[1:]))
-        arrived = going_on + beta * (anew[1:] - going_on)  # U of states 1..H and the options before
-        # Entropy is earned by picking, so it is a reward: sampled parts of a return have it, too.
-        unit = self.config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
-        discount = self.config.discount * traj["cont"][1:]
-        reward = traj["reward_extr"] + discount * beta * unit * torch.special.entr(pick[1:]).sum(-1)
-        value = torch.cat([active[:1], arrived])  # the first one is not used
-        return director.lambda_return(reward, value, discount, self.config.lam), active
+        """Lambda returns of the options that act, and their Q, [H, N] both."""
+        config = self.config
+        option = traj["option"][:-1]  # acts in states 0..H-1 and leads to states 1..H
+        pick = traj["pick"]
+        beta = traj["beta"][1:]
+        state = feat[..., : -config.options]
+        value, mean_value = self.values(state, pick)  # Q [H+1, N, W], V [H+1, N]
+        self.gapnorm(value - mean_value[..., None])  # updates its statistics
+        value_acting = (value[:-1] * option).sum(-1)  # Q(s, w), [H, N]
+        value_staying = (value[1:] * option).sum(-1)  # Q(s', w), [H, N]
+        value_arriving = value_staying + beta * (mean_value[1:] - value_staying)  # U(s', w)
+        # The entropy of a pick is a reward, so that sampled parts of a return include it, too.
+        weight = config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
+        discount = config.discount * traj["cont"][1:]
+        entropy = torch.special.entr(pick[1:]).sum(-1)
+        reward = traj["reward_extr"] + discount * beta * weight * entropy
+        values = torch.cat([value_acting[:1], value_arriving])  # lambda_return ignores the first
+        return director.lambda_return(reward, values, discount, config.lam), value_acting
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
-        metrics, config, before = super().learn(traj, copy_slow), self.config, traj["option"][:-1]
+        """Train critics and actor, then beta and pi."""
+        metrics = super().learn(traj, copy_slow)
+        config = self.config
+        option = traj["option"][:-1]
         weight = director.trajectory_weights(traj["cont"].detach(), config.discount)  # [H+1, N]
         state = self.feat(traj)[..., : -config.options].detach()
         with director.autocast(config):
-            pick, end = self.pick(state), (self.end(state[1:]).sigmoid() * before).sum(-1)
-            values, anew = self.values(state, traj["pick"])
-        gap = self.gapnorm(values - anew[..., None], update=False)  # [H+1, N, W], not centred
-        entropy = config.option_entropy * pick.entropy()
-        keep = (gap[1:] * before).sum(-1) - entropy[1:].detach() + config.option_cost  # [H, N]
-        better = (pick.probs * gap).sum(-1) + entropy  # [H+1, N]
-        return metrics | {
-            "end_grad_norm": self.optimizers["end"].minimize((end * keep * weight[1:]).mean()),
-            "over_grad_norm": self.optimizers["over"].minimize(-(better * weight).mean()),
-            "option_length": 1 / traj["beta"][1:].mean(), "pick_ent": pick.entropy().mean()}
+            pick = self.pick(state)
+            end = (self.end(state[1:]).sigmoid() * option).sum(-1)  # beta, [H, N]
+            value, mean_value = self.values(state, traj["pick"])
+        gap = self.gapnorm(value - mean_value[..., None], update=False)  # Q - V, [H+1, N, W]
+        entropy = config.option_entropy * pick.entropy()  # [H+1, N]
+        bracket = (gap[1:] * option).sum(-1) - entropy[1:].detach() + config.option_cost
+        end_loss = (end * bracket * weight[1:]).mean()
+        over_loss = -(((pick.probs * gap).sum(-1) + entropy) * weight).mean()
+        metrics["end_grad_norm"] = self.optimizers["end"].minimize(end_loss)
+        metrics["over_grad_norm"] = self.optimizers["over"].minimize(over_loss)
+        metrics["option_length"] = 1 / traj["beta"][1:].mean()
+        metrics["pick_ent"] = pick.entropy().mean()
+        return metrics
 
 
 class Agent(director.Director):
@@ -104,15 +135,22 @@ class Agent(director.Director):
 
     @torch.no_grad()
     def choose(self, state: dict[str, Tensor], count: np.ndarray) -> dict[str, Tensor]:
-        """The option that led to a state goes on or ends. Also its beta [N], and pi as pick."""
-        features = torch.cat([state["deter"], state["stoch"]], -1)
-        pick, first = self.worker.pick(features), count == 0
-        option, beta = pick.rsample(), torch.ones(len(features), device=features.device)
-        if not first.all():
-            beta = (self.worker.end(features).sigmoid() * state["option"]).sum(-1)
-            if first.any():
-                beta = beta.masked_fill(torch.as_tensor(first, device=beta.device), 1.0)
-            option = torch.where((torch.rand_like(beta) < beta)[:, None], option, state["option"])
+        """The option that led to a state continues, or ends and another one is picked.
+
+        Returns option [N, W], pick [N, W] and beta [N], which is 1 in a first state.
+        """
+        feat = torch.cat([state["deter"], state["stoch"]], -1)
+        pick = self.worker.pick(feat)
+        picked = pick.rsample()
+        first = count == 0
+        if first.all():
+            beta = torch.ones(len(feat), device=feat.device)
+            return {"option": picked, "beta": beta, "pick": pick.probs}
+        beta = (self.worker.end(feat).sigmoid() * state["option"]).sum(-1)
+        if first.any():
+            beta = beta.masked_fill(torch.as_tensor(first, device=beta.device), 1.0)
+        ends = (torch.rand_like(beta) < beta)[:, None]
+        option = torch.where(ends, picked, state["option"])
         return {"option": option, "beta": beta, "pick": pick.probs}
 
 

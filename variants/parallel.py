@@ -2,14 +2,21 @@
 
     torchrun --nproc_per_node 2 -m variants.parallel --task pinpad_three
 
-The same flags are the same algorithm: `--batch_size`, `--envs` and `--replay_size` are those of all
-processes together, and steps count all their rows. Each plays its environments into its own replay
-and learns on its part of a batch; gradients, means of adapters and normalisers, and metrics are
-averaged. What is drawn follows from (seed, step, rank). Rank 0 prints and writes the checkpoint for
-all, the others log in `rank1` ... in its folder, which all have to share. A signal to any of them,
-or to torchrun, stops all after the same step, saved. An error in one, or its death, ends all, not
-saved: the same command goes on from the last checkpoint. On paper: 17 collectives in a train step,
-one in a step of environments; 189 MB of gradients at the paper's size, 1 ms over NVLink.
+The same flags give the same algorithm: `--batch_size`, `--envs` and `--replay_size` are those of
+all processes together, and a step of the run is one step of any environment. Each process steps its
+own environments, has its own replay, and trains on its part of the batch. Gradients, the statistics
+of adaptive scales and normalizers, and metrics are averaged over processes. Random numbers depend
+on seed, step and rank.
+
+Rank 0 prints, and writes the checkpoint for all. Rank r > 0 logs and keeps its episodes in the
+folder `rank<r>` inside the run's folder, which all processes must be able to write to.
+
+A signal to any process, or to torchrun, stops all after the same step, and a checkpoint is saved.
+An error in one process, or its death, ends all without saving; the same command then continues from
+the last checkpoint.
+
+Communication: 17 collectives in a train step, one in a step of the environments; 189 MB of
+gradients at size `paper`, about 1 ms over NVLink (calculated, not measured).
 """
 
 import os
@@ -20,73 +27,86 @@ import torch.distributed as dist
 
 import director
 
-RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def all_reduce_mean(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Means over processes, each in the memory layout of its tensor; one collective."""
-    flat = torch.cat([x.flatten() for x in tensors] or [torch.zeros(0)])
+    """Means over processes, with one collective; each keeps the memory layout of its tensor."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors] or [torch.zeros(0)])
     dist.all_reduce(flat)
-    means = (flat / RANKS).split([x.numel() for x in tensors])
-    return [torch.empty_like(x).copy_(y.view_as(x)) for x, y in zip(tensors, means, strict=True)]
+    parts = (flat / RANKS).split([tensor.numel() for tensor in tensors])
+    means = []
+    for tensor, part in zip(tensors, parts, strict=True):
+        means.append(torch.empty_like(tensor).copy_(part.view_as(tensor)))
+    return means
 
 
 class Replay(director.Replay):
-    """The part of one process; a checkpoint has names and lengths of all."""
+    """The replay of one process. A checkpoint has {rank: {name: length}}."""
 
     def sample(self, batch_size: int, length: int) -> dict:
-        return super().sample(batch_size // RANKS or 1, length)
+        return super().sample(max(1, batch_size // RANKS), length)
 
     def save(self, folder) -> dict:
-        everyone = [None] * RANKS
-        dist.all_gather_object(everyone, super().save(folder))  # some 10 ms
-        return dict(enumerate(everyone))
+        lengths = [None] * RANKS
+        dist.all_gather_object(lengths, super().save(folder))  # takes about 10 ms
+        return dict(enumerate(lengths))
 
     def load(self, folder, lengths: dict):
         super().load(folder, lengths[RANK])
 
 
 class Run(director.Run):
-    """Agrees with the others when to stop."""
+    """A run whose processes agree on when to stop."""
 
     def lock_folder(self):
         if self.config.batch_size % RANKS or self.config.envs % RANKS:
             raise director.UserError(f"--batch_size, --envs: not multiples of {RANKS} processes")
         self.replay.capacity //= RANKS
-        if RANK:
+        if RANK > 0:
             self.logdir = self.logdir / f"rank{RANK}"
             self.replay_dir = self.logdir / "replay"
         super().lock_folder()
 
     def open(self):
-        before = len(self.agent.resumed_from["episodes"]) if self.step else RANKS
-        if before != RANKS:
-            raise director.UserError(f"{self.checkpoint}: is of {before} processes, not {RANKS}")
+        if self.step:
+            before = len(self.agent.resumed_from["episodes"])
+            if before != RANKS:
+                raise director.UserError(
+                    f"{self.checkpoint}: is of {before} processes, not {RANKS}")
         super().open()
-        self.bar.close() if RANK else dist.barrier()  # now the others may begin
+        if RANK == 0:
+            dist.barrier()  # the other processes wait for it in `main`
+        else:
+            self.bar.close()
 
     def reseed(self) -> int:
-        return super().reseed(*[RANK] * (RANK > 0))
+        return super().reseed(RANK) if RANK > 0 else super().reseed()
 
     def on_signal(self, number: int, frame):
-        self.received_signals.append(number)  # torchrun repeats what a terminal has sent
+        # Unlike director.py's, it keeps its handler: torchrun repeats a signal of the terminal.
+        self.received_signals.append(number)
 
     def should_continue(self) -> bool:
-        told = torch.tensor([max(self.received_signals, default=0), self.step, -self.step])
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        number, most, least = told.tolist()
-        if most != -least:
+        signal = max(self.received_signals, default=0)
+        news = torch.tensor([signal, self.step, -self.step])
+        dist.all_reduce(news, dist.ReduceOp.MAX)
+        signal, last, minus_first = news.tolist()
+        if last != -minus_first:
             raise director.UserError("processes at different steps: they have to share --logdir")
-        self.received_signals += [number] if number and not self.received_signals else []
-        return self.step < self.config.steps and not number
+        if signal and not self.received_signals:
+            self.received_signals.append(signal)  # that of another process
+        return self.step < self.config.steps and not signal
 
     def write_checkpoint(self, buffer):
         if RANK == 0:
             super().write_checkpoint(buffer)
-        dist.barrier()  # nothing is deleted before it is there
+        dist.barrier()  # old episodes are deleted only when the checkpoint is written
 
     def close(self):
-        self.update_complete = self.update_complete and not sys.exc_info()[0]
+        if sys.exc_info()[0]:
+            self.update_complete = False  # after an error nothing is saved
         super().close()
 
 
@@ -95,19 +115,25 @@ class Agent(director.Director):
 
 
 def main(argv: list[str]) -> int:
+    """director.main in each of RANKS processes."""
+    backend = "cpu:gloo"
     if torch.cuda.is_available():
+        backend += ",cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if RANKS == 1 else {}
-    dist.init_process_group("cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available(), **alone)
+    if RANKS == 1:  # also without torchrun
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+
+    all_envs = director.vector_envs
+    director.vector_envs = lambda config, amount: all_envs(config, max(1, amount // RANKS))
     director.all_reduce_mean = all_reduce_mean
-    envs = director.vector_envs
-    director.vector_envs = lambda config, amount: envs(config, amount // RANKS or 1)
     try:
-        if RANK:
+        if RANK > 0:
             if any(flag.startswith(("--eval", "--help", "-h")) for flag in argv):
-                return 0  # one process can do that
+                return 0  # rank 0 does that alone
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            dist.barrier()  # rank 0 goes first; what is wrong with flags or folder, it says alone
+            dist.barrier()  # rank 0 goes first and alone reports mistakes in flags or folders
         code = director.main(argv, Agent)
         dist.destroy_process_group()
         return code

@@ -1,24 +1,28 @@
-"""Prioritised replay: train on what is new or badly predicted (Curious Replay).
+"""Prioritised replay: train on steps that are new or badly predicted.
 
-Prioritised experience replay (Schaul et al., 2016) replays in proportion to a priority, there the
-error of a value. Curious Replay (Kauvar et al., 2023) takes that over to world models: a step that
-was trained on v times, the last time with error L of the model, has the priority
-
-    p = c * beta^v + (|L| + eps)^alpha     (c 1e4, beta 0.7, alpha 0.7, eps 0.01),
-
-and one that never was 1e5. So what is new comes first, then what has few visits; after about 25
-visits errors decide.
+Papers: Curious Replay (Kauvar et al., 2023), after prioritised experience replay (Schaul et al.,
+2016).
 
     python -m variants.prioritized --task pinpad_three
 
-What changes: the replay. A step is drawn in proportion to p, and a chunk starts there, or as much
-earlier as it has to in order to fit; if the episode is too short, the next one drawn follows. All
-steps of a chunk count as visited and get their errors, the sums of the model's losses, when the
-next chunks are drawn. As in Curious Replay, no weights correct the bias, and players start from
-the states that are drawn.
+Idea: prioritised experience replay draws steps in proportion to a priority, the error of a value.
+Curious Replay does this for world models. A step that was trained on v times, the last time with
+error L of the model, has the priority
 
-What is left out: ranks and the annealed weights of Schaul et al. Checkpoints have no priorities, so
-that to a resumed run all is new. While no episode has ended, running ones are replayed as always.
+    p = c * beta^v + (|L| + eps)^alpha     (c = 1e4, beta = 0.7, alpha = 0.7, eps = 0.01),
+
+and a step that was never trained on has 1e5. So new steps come first, then those with few visits;
+after about 25 visits the error decides.
+
+What changes: the replay. A step is drawn in proportion to p. The chunk starts there, or earlier if
+it would not fit into the episode; if the episode is too short, the next one drawn follows. All
+steps of a chunk count as visited. Their errors, the sums of the model's losses, are known when the
+next chunks are drawn. As in Curious Replay, no weights correct the bias, and imagination starts
+from the states that are drawn.
+
+What is left out: ranks and annealed importance weights (Schaul et al.). Checkpoints contain no
+priorities, so all steps are new to a resumed run. Until an episode has ended, running ones are
+replayed uniformly, as in director.py.
 """
 
 import dataclasses
@@ -29,66 +33,78 @@ from torch import Tensor
 
 import director
 
-NEW = 1e5  # the priority of what was never trained on
+NEW = 1e5  # priority of a step that was never trained on
 
 
 @dataclasses.dataclass
 class Config(director.Config):
-    priority_c: float = director.flag(1e4, "priority of a step that has no visits", low=0,
+    priority_c: float = director.flag(1e4, "priority of a step without visits", low=0,
                                       group="prioritized")
-    priority_beta: float = director.flag(0.7, "share of it that a visit leaves", low=0, high=1)
+    priority_beta: float = director.flag(0.7, "factor of that for each visit", low=0, high=1)
     priority_alpha: float = director.flag(0.7, "power of errors; 0: they do not count", low=0,
-                                            high=3)
+                                          high=3)
 
 
 class Replay(director.Replay):
-    """Draws chunks that show steps of high priority, which the errors of `agent` set."""
+    """Draws chunks at steps of high priority.
+
+    agent: the agent whose errors set the priorities; without one all steps remain new. visits,
+    priority: {name of an episode: array [length]}. total: {name: sum of its priorities}.
+    """
 
     def __init__(self, capacity: int, seed: int = 0):
         super().__init__(capacity, seed)
-        self.agent = None  # `Run` tells; without one, all that is here stays new
-        self.visits, self.priority, self.total = {}, {}, {}  # name: arrays [length], their sum
+        self.agent = None
+        self.visits = {}
+        self.priority = {}
+        self.total = {}
 
     def sample(self, batch_size: int, length: int) -> dict[str, np.ndarray]:
-        """Chunks as in director.py, and `place` [B, T, 2]: an episode's name, the step in it."""
+        """Chunks as in director.py, and place [B, T, 2]: name of the episode, step in it."""
         self.update()
         if not self.episodes:
             return super().sample(batch_size, length)
-        names, totals = list(self.total), np.array(list(self.total.values()))
-        chunks = {key: [] for key in (*self.episodes[names[0]], "place")}
+        names = list(self.total)
+        totals = np.array(list(self.total.values()))
+        pieces = []
         for _ in range(batch_size):
             missing = length
             while missing:
                 name = names[self.rng.choice(len(names), p=totals / totals.sum())]
-                episode, priority = self.episodes[name], self.priority[name]
+                priority = self.priority[name]
                 step = self.rng.choice(len(priority), p=priority / priority.sum())
                 start = max(0, min(step, len(priority) - missing))
                 stop = min(start + missing, len(priority))
-                for key, value in episode.items():
-                    chunks[key].append(value[start:stop].copy())
-                chunks["is_first"][-1][0] = True
-                chunks["place"].append(np.array([(name, t) for t in range(start, stop)]))
+                episode = self.episodes[name]
+                piece = {key: np.array(value[start:stop]) for key, value in episode.items()}
+                piece["is_first"][0] = True
+                piece["place"] = np.array([(name, t) for t in range(start, stop)])
+                pieces.append(piece)
                 missing -= stop - start
-        return {key: np.concatenate(value).reshape(batch_size, length, *value[0].shape[1:])
-                for key, value in chunks.items()}
+        rows = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+        return {key: x.reshape(batch_size, length, *x.shape[1:]) for key, x in rows.items()}
 
     def update(self):
-        """Take in new episodes, forget old ones, and set priorities where the agent has trained."""
+        """Add new episodes, remove old ones, and set priorities of what was trained on last."""
         for name in self.episodes.keys() - self.total.keys():
             length = len(self.episodes[name]["reward"])
-            self.visits[name], self.priority[name] = np.zeros(length), np.full(length, NEW)
+            self.visits[name] = np.zeros(length)
+            self.priority[name] = np.full(length, NEW)
             self.total[name] = NEW * length
         for name in self.total.keys() - self.episodes.keys():
             del self.visits[name], self.priority[name], self.total[name]
-        if not self.agent or not self.agent.seen:
+        if not self.agent or not self.agent.trained_on:
             return
-        # Of the step before. Where an action was waited for since then, this waits for nothing.
-        place, error = (x.flatten(0, 1).cpu().numpy() for x in self.agent.seen)
-        config, self.agent.seen = self.agent.config, None
+        # These are of the train step before, so that reading them hardly waits for a GPU.
+        place, error = self.agent.trained_on
+        self.agent.trained_on = None
+        place = place.flatten(0, 1).cpu().numpy()
+        error = error.flatten(0, 1).cpu().numpy()
+        config = self.agent.config
         for name in set(place[:, 0]) & self.total.keys():
             here = place[:, 0] == name
             step = place[here, 1]
-            np.add.at(self.visits[name], step, 1)
+            np.add.at(self.visits[name], step, 1)  # a step may be several times in a batch
             self.priority[name][step] = (
                 config.priority_c * config.priority_beta ** self.visits[name][step]
                 + (np.abs(error[here]) + 0.01) ** config.priority_alpha)
@@ -96,7 +112,7 @@ class Replay(director.Replay):
 
 
 class Run(director.Run):
-    """A run whose replay hears of the errors of its agent."""
+    """A run whose replay reads the errors of its agent."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -104,13 +120,17 @@ class Run(director.Run):
 
 
 class Agent(director.Director):
-    """Director, or the flat agent, that replays what it knows least."""
+    """Director, or the flat agent, with prioritised replay.
 
-    Config, Replay, Run, seen = Config, Replay, Run, None
+    trained_on: place [B, T, 2] and error [B, T] of the last train step, until the replay reads it.
+    """
+
+    Config, Replay, Run = Config, Replay, Run
+    trained_on = None
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         if "place" in states:
-            self.seen = states["place"], states["error"]
+            self.trained_on = states["place"], states["error"]
         return super().train_goals(states)
 
 

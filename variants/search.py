@@ -1,6 +1,6 @@
 """Search in a learned model: the cross-entropy method, and MuZero's tree search.
 
-`planner.py` uses both; they know nothing of Director, and search for several states at once.
+`planner.py` uses both. They do not depend on Director's networks, and search for E states at once.
 """
 
 from collections.abc import Callable
@@ -14,67 +14,101 @@ from director import OneHot
 
 def cross_entropy(score: Callable, start: Tensor, one_hot: bool, candidates: int,
                   rounds: int) -> Tensor:
-    """The elite of sequences of moves, best first, [L, E, candidates / 10, ...] (PETS, PlaNet).
+    """The cross-entropy method (PETS, PlaNet): the best sequences of moves, best first.
 
-    Candidates are drawn again and again from a distribution that is fitted to the best tenth of
-    those before: means [L, E, ...], first `start`, with deviations, first 1, samples in [-1, 1]; or
-    `one_hot` classes, with logits. A single round is random shooting.
-    score(sequences [L, E, candidates, ...]): [E, candidates].
+    Each round draws candidates from a distribution that was fitted to the elites, the best tenth,
+    of the round before. The distribution of continuous moves is Gaussian, clipped to [-1, 1], at
+    first with standard deviation 1; that of `one_hot` moves is categorical.
+
+    start: means or logits of the first round, [L, E, ...]. score(sequences [L, E, candidates, ...])
+    returns scores [E, candidates]. Returns the last elites, [L, E, candidates / 10, ...].
     """
-    mean, std = start[:, :, None], torch.ones_like(start[:, :, None])
+    center = start[:, :, None]  # means or logits
+    std = torch.ones_like(center)
     for _ in range(rounds):
-        mean, std = (x.expand(-1, -1, candidates, *start.shape[2:]) for x in (mean, std))
-        moves = OneHot(mean, 0.01).rsample() if one_hot else torch.normal(mean, std).clamp(-1, 1)
+        center = center.expand(-1, -1, candidates, *start.shape[2:])
+        std = std.expand(-1, -1, candidates, *start.shape[2:])
+        if one_hot:
+            moves = OneHot(center, 0.01).rsample()
+        else:
+            moves = torch.normal(center, std).clamp(-1, 1)
         best = score(moves).topk(candidates // 10).indices  # [E, elites]
         elite = moves[:, torch.arange(len(best))[:, None], best]
-        mean, std = elite.mean(2, keepdim=True), elite.std(2, keepdim=True)
-        mean = mean.log() if one_hot else mean
+        mean = elite.mean(2, keepdim=True)
+        center = mean.log() if one_hot else mean
+        std = elite.std(2, keepdim=True)
     return elite
 
 
 def tree_search(root: dict, options: Callable, imagine: Callable, value: Callable,
                 simulations: int) -> tuple[Tensor, Tensor]:
-    """The root's moves [E, M, ...] and how often each was visited [E, M], for E states [E, ...].
+    """MuZero's tree search: moves of the root [E, M, ...], and their visits [E, M].
 
-    PUCT (Schrittwieser et al., 2020, Appendix B): from the root, the move is followed that has the
-    largest Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move), P being its prior and Q
-    the mean of what was found behind it, min-max normalised over the tree (0 where nothing was),
-    until a move has no node yet. That is imagined, its value is asked for, and reward and value go
-    back up the way. Every simulation adds one node to every tree. (In MuZero the 1.25 grows with
-    the log of visits, by 0.003 in 50 simulations, and least and most are those of Q.)
+    root: E states. options(state): moves to try, [E, M, ...], and their prior probabilities, [E,
+    M]. imagine(state, move): the next state, the reward on the way [E], and the discount [E] of
+    what follows. value(state): [E].
 
-    options(state): moves to try, [E, M, ...], and their prior [E, M]. imagine(state, move): the
-    next state, the reward on the way, and the discount of what follows, [E]. value(state): [E].
+    Each simulation adds one node to each of the E trees (Schrittwieser et al., 2020, Appendix B).
+    From the root on, it follows the move with the largest
+
+        Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move),
+
+    where P is the prior, and Q the mean return found behind the move, scaled to 0..1 by the least
+    and the largest return in the tree (0 if there is none), until it comes to a move without a
+    node. It imagines that move, evaluates the new state, and adds the return to all moves on the
+    way. (In MuZero, 1.25 grows with the logarithm of visits, by 0.003 in 50 simulations, and the
+    scale is given by the least and the largest Q.)
     """
-    state, (moves, prior) = root, options(root)
-    rows, shape = np.arange(len(prior)), (len(prior), simulations + 1, prior.shape[1])
-    child, visits, total, reward, discount, priors = (np.zeros(shape) for _ in range(6))
-    low, high = np.full(len(rows), np.inf), np.full(len(rows), -np.inf)
-    states, tried, priors[:, 0] = [state], [moves], prior.cpu().numpy()
+    moves, prior = options(root)
+    trees = np.arange(len(prior))
+    shape = (len(prior), simulations + 1, prior.shape[1])  # of arrays [E, node, move]
+    child = np.zeros(shape, int)  # the node to which a move leads; 0 if there is none yet
+    visits = np.zeros(shape)
+    total = np.zeros(shape)  # sum of returns
+    reward = np.zeros(shape)
+    discount = np.zeros(shape)
+    priors = np.zeros(shape)
+    priors[:, 0] = prior.cpu().numpy()
+    low = np.full(len(trees), np.inf)  # least and largest return in a tree
+    high = np.full(len(trees), -np.inf)
+    states = [root]  # of nodes
+    tried = [moves]
     for new in range(1, simulations + 1):
-        node, going, way = np.zeros(len(rows), int), np.ones(len(rows), bool), []
-        while going.any():  # where a tree's way has ended, node and move stay those of its end
-            seen, width = visits[rows, node], np.maximum(high - low, 1e-8)[:, None]
-            mean = total[rows, node] / np.maximum(seen, 1)
-            score = np.where(seen > 0, (mean - low[:, None]) / width, 0)
+        # Go down to a move without a node. Where that is reached, node and move stay as they are.
+        node = np.zeros(len(trees), int)
+        going = np.ones(len(trees), bool)
+        path = []
+        while going.any():
+            seen = visits[trees, node]  # [E, M]
+            width = np.maximum(high - low, 1e-8)[:, None]
+            mean = total[trees, node] / np.maximum(seen, 1)
+            scaled = np.where(seen > 0, (mean - low[:, None]) / width, 0)
             explore = np.sqrt(seen.sum(1, keepdims=True) + 1) / (1 + seen)
-            move = (score + 1.25 * priors[rows, node] * explore).argmax(1)
-            way.append((node, move, going))
-            below = child[rows, node, move].astype(int)
+            move = (scaled + 1.25 * priors[trees, node] * explore).argmax(1)
+            path.append((node, move, going))
+            below = child[trees, node, move]
             going = going & (below > 0)
             node = np.where(going, below, node)
-        leaf = {x: torch.stack([state[x] for state in states])[node, rows]
-                for x in ("deter", "stoch")}
-        state, *found = imagine(leaf, torch.stack(tried)[node, rows, move])
-        reward[rows, node, move], discount[rows, node, move] = (x.cpu().numpy() for x in found)
-        child[rows, node, move] = new
+
+        # Imagine the move, and evaluate the new node.
+        leaf = {key: torch.stack([state[key] for state in states])[node, trees]
+                for key in ("deter", "stoch")}
+        state, move_reward, move_discount = imagine(leaf, torch.stack(tried)[node, trees, move])
+        reward[trees, node, move] = move_reward.cpu().numpy()
+        discount[trees, node, move] = move_discount.cpu().numpy()
+        child[trees, node, move] = new
         moves, prior = options(state)
-        states, tried, priors[:, new] = [*states, state], [*tried, moves], prior.cpu().numpy()
+        priors[:, new] = prior.cpu().numpy()
+        states.append(state)
+        tried.append(moves)
+
+        # Add the return to the moves on the way up.
         back = value(state).cpu().numpy()
-        for node, move, on in reversed(way):
-            at = rows[on], node[on], move[on]
-            back[on] = reward[at] + discount[at] * back[on]
-            total[at] += back[on]
+        for node, move, on_path in reversed(path):
+            at = trees[on_path], node[on_path], move[on_path]
+            back[on_path] = reward[at] + discount[at] * back[on_path]
+            total[at] += back[on_path]
             visits[at] += 1
-            low[on], high[on] = np.minimum(low, back)[on], np.maximum(high, back)[on]
+            low[on_path] = np.minimum(low, back)[on_path]
+            high[on_path] = np.maximum(high, back)[on_path]
     return tried[0], torch.from_numpy(visits[:, 0]).to(prior.device)

@@ -35,7 +35,7 @@ def prioritized_replay(*lengths: int, capacity: int = 10**6):
 
 
 def hand_back(replay, places, errors):
-    replay.agent.seen = torch.tensor([places]), tensor([errors])
+    replay.agent.trained_on = torch.tensor([places]), tensor([errors])
     replay.update()
 
 
@@ -117,11 +117,11 @@ def test_each_step_gets_its_own_error_of_the_model_and_a_picture_is_no_visit():
     rest = states["error"] - squares
     assert rest.std() < 0.2 * squares.std()  # so they are in the right places
     agent.train_step(batch)
-    assert agent.seen is None  # another replay's
+    assert agent.trained_on is None  # another replay's
     losses, model_loss = [], agent.world_model.loss
     agent.world_model.loss = lambda batch: losses.append(model_loss(batch)) or losses[-1]
     agent.train_step({**batch, "place": place})
-    seen, error = agent.seen
+    seen, error = agent.trained_on
     assert torch.equal(seen, torch.as_tensor(place)) and not error.requires_grad
     assert torch.equal(error, losses[0][1]["error"])
     replay = prioritized.Replay(100)
