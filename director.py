@@ -16,7 +16,7 @@ From the paper to this file, in its order (`# ---- ` begins a part):
     Models and players        WorldModel (eq. 2), GoalAutoencoder (2.2, eq. 3, 4, 6), ActorCritic
     The agent                 Director: sample_skill (2.3, eq. 5), act (2.4, eq. 7), imagine,
                               reward_expl (eq. 6), reward_goal (eq. 8), train_step
-    Replay, environments      Replay, make_env, vector_envs; the rest of them is in envs/
+    Replay                    Replay, of what envs/ makes of environments (make_env, Driver)
     A run                     load, Run, draw_pictures, train, evaluate, main
 
 Symbols in shapes: B replay chunks in a batch, T steps in each; N = BT imagined trajectories, H
@@ -38,8 +38,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import functools
-import importlib
 import io
 import itertools
 import json
@@ -52,7 +50,6 @@ import time
 import zipfile
 
 import filelock
-import gymnasium
 import imageio.v2 as imageio
 import numpy as np
 import torch
@@ -62,8 +59,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from envs.vector import SIGNALS, Driver, side_by_side
-from envs.wrappers import IMAGE, image_and_state
+from envs import UserError
+from envs.make import make_env, vector_envs  # noqa: F401, make_env is for users of this file
+from envs.vector import SIGNALS, Driver
+from envs.wrappers import IMAGE
 
 with contextlib.suppress(ImportError):  # PyTorch's LLVM must be loaded before an OpenGL driver's
     import triton  # noqa: F401
@@ -82,10 +81,6 @@ SIZES = {  # what --size sets; a flag of its own takes precedence
         "deter": 128, "hidden": 128, "stoch": 16, "classes": 16, "units": 128, "layers": 2,
         "cnn_depth": 16, "batch_size": 8, "batch_length": 32, "train_every": 8,
         "slow_every": 20, "learning_rate": 4e-4, "kl_target": 1.0, "standardize": "yes"}}
-
-
-class UserError(ValueError):
-    """A mistake of the user's: `main` prints it in one line and exits with code 2."""
 
 
 def flag(default, text: str, choices=None, low=1, high=1e12, group="", fixed=False):
@@ -109,12 +104,13 @@ class Config:
     obs: str = flag("auto", "auto: pixels of dmc_ and pinpad_, all that gym_ tasks observe",
                     ("auto", "pixels", "state", "both"), fixed=True)
     agent: str = flag("director", "dreamer: the flat baseline", ("director", "dreamer"), fixed=True)
-    size: str = flag("auto", "of the networks; auto: paper on a GPU, else xs", ("auto", *SIZES),
-                     fixed=True)
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "auto: native bfloat16", ("auto", "float32", "bfloat16"))
+    size: str = flag("auto", "networks and batches; auto: paper on a GPU, else xs",
+                     ("auto", *SIZES), fixed=True)
+    device: str = flag("auto", "device that trains", ("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "auto: bfloat16 if the device computes in it",
+                          ("auto", "float32", "bfloat16"))
     eager: bool = flag(False, "do not use CUDA graphs on a GPU")
-    seed: int = flag(0, "of networks, samples and environments", low=0, high=2**32 - 1)
+    seed: int = flag(0, "seed of networks, samples and environments", low=0, high=2**32 - 1)
     steps: int = flag(1_000_000, "environment steps of the whole run, prefill included")
     logdir: str = flag("", "folder of the run; default: runs/<task>/<agent>-<size>-<seed>")
     eval: int = flag(0, "play this many episodes with the agent in --logdir, then exit", low=0)
@@ -122,9 +118,9 @@ class Config:
     save_every: int = flag(10_000, "environment steps between two checkpoints")
     video_every: int = flag(20_000, "environment steps between two sets of pictures")
     envs: int = flag(4, "environments that run side by side", group="data")
-    processes: str = flag("auto", "one for each environment; auto: for dmc_ and gym_<module>:<id>",
-                          ("auto", "yes", "no"))
-    render_quality: str = flag("full", "of dmc_; fast: without shadows and antialiasing",
+    processes: str = flag("auto", "a process for each environment; auto: for dmc_ and "
+                          "gym_<module>:<id>", ("auto", "yes", "no"))
+    render_quality: str = flag("full", "images of dmc_; fast: no shadows, no antialiasing",
                                ("full", "fast"), fixed=True)
     prefill: int = flag(10_000, "random environment steps before training starts")
     random: int = flag(0, "actions stay random until this step, also after --prefill", low=0)
@@ -142,7 +138,7 @@ class Config:
     standardize: str = flag(None, "scale state vectors by running means", ("yes", "no"), fixed=True)
     skill_groups: int = flag(8, "groups of the manager's code", fixed=True)
     skill_classes: int = flag(8, "classes in each group of the code", low=2, fixed=True)
-    learning_rate: float = flag(None, "of all optimizers", low=0, group="learning")
+    learning_rate: float = flag(None, "learning rate of all optimizers", low=0, group="learning")
     kl_target: float = flag(None, "target of the world model's KL, in nats per step", low=0)
     discount: float = flag(0.99, "per worker step and per manager decision", low=0.01, high=1)
     lam: float = flag(0.95, "lambda of the returns", low=0, high=1)
@@ -165,10 +161,11 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.precision == "auto":
-            find = getattr(torch.cpu, "get_capabilities", dict)  # an older PyTorch has none
-            native = any(find().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
             if self.device == "cuda":
                 native = torch.cuda.is_bf16_supported(including_emulation=False)
+            else:
+                found = torch.cpu.get_capabilities()
+                native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
             self.precision = "bfloat16" if native else "float32"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -200,7 +197,8 @@ def parse_args(argv: list[str] | None, config: type) -> dict:
         default = field.default
         if default is None:
             default = ", ".join(f"{size} {x[field.name]}" for size, x in config.sizes.items())
-        settings = {"default": argparse.SUPPRESS, "help": f"{meta['text']} [{default}]"}
+        text = meta["text"] if default == "" else f"{meta['text']} [{default}]"
+        settings = {"default": argparse.SUPPRESS, "help": text}
         if field.type is bool:
             settings |= {"action": "store_true"}
         else:
@@ -222,7 +220,10 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class OneHot:
-    """Categorical distributions [...] with logits [..., C], mixed with `unimix` of the uniform."""
+    """Categorical distributions [...] with logits [..., C].
+
+    Probabilities are (1 - unimix) softmax(logits) + unimix / C.
+    """
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
         if unimix:
@@ -256,8 +257,8 @@ class OneHot:
 class BoundedNormal(torch.distributions.Normal):
     """Normal(tanh(mean), std) per dimension, [..., A], std in 0.03..1; samples are not clipped."""
 
-    most = 0.5 * math.log(2 * math.pi * math.e)  # of std 1
-    entropy_range = (most + math.log(0.03), most)
+    max_entropy = 0.5 * math.log(2 * math.pi * math.e)  # at std 1
+    entropy_range = (max_entropy + math.log(0.03), max_entropy)
 
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__(mean.tanh(), 0.97 * std.sigmoid() + 0.03, validate_args=False)
@@ -278,9 +279,9 @@ def balanced_kl(post_logit: Tensor, prior_logit: Tensor, balance: float) -> Tens
     """
     post = post_logit.log_softmax(-1)
     prior = prior_logit.log_softmax(-1)
-    forward = F.kl_div(prior, post.detach(), reduction="none", log_target=True)
-    backward = F.kl_div(prior.detach(), post, reduction="none", log_target=True)
-    return (balance * forward + (1 - balance) * backward).sum((-2, -1))
+    prior_loss = F.kl_div(prior, post.detach(), reduction="none", log_target=True)
+    post_loss = F.kl_div(prior.detach(), post, reduction="none", log_target=True)
+    return (balance * prior_loss + (1 - balance) * post_loss).sum((-2, -1))
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
@@ -291,8 +292,9 @@ def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
 class AutoAdapt(nn.Module):
     """Weights a regularizer so that its mean stays near `target`.
 
-    The scale, one for each element of `shape`, starts at 1 and changes by 10%, within [low, high],
-    in each call whose mean is 10% off. `inverse`, for an entropy: it grows below the target.
+    Each element of `shape` has a scale, which starts at 1. If the mean is more than 10% above
+    (below) the target, the scale is multiplied (divided) by 1.1, then clipped to [low, high].
+    `inverse`, for an entropy: the scale grows below the target, and the loss is negated.
     """
 
     def __init__(self, shape: tuple, target: float, low: float, high: float, inverse=False):
@@ -314,8 +316,8 @@ class AutoAdapt(nn.Module):
 class Normalizer(nn.Module):
     """Divides by a running standard deviation ("std"), or also subtracts the mean ("mean_std").
 
-    Statistics are exponential means of x and x^2, corrected for their start at 0, of all dimensions
-    but the last ones of this `shape`. The standard deviation is at least 1 / limit.
+    It keeps exponential moving averages of x and x^2, of this shape, over all leading dimensions,
+    with bias correction as in Adam. The standard deviation is at least 1 / limit.
     """
 
     def __init__(self, impl: str, decay: float, limit: float, shape: tuple = ()):
@@ -325,7 +327,7 @@ class Normalizer(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor, update: bool = True) -> Tensor:
-        """Normalize x [..., *shape], with `update` after including it in the statistics."""
+        """Normalize x [..., *shape]; with `update`, the statistics include it already."""
         if update:
             samples = x.detach().double().reshape(-1, *self.moments.shape[1:])
             moments = [torch.stack([samples.mean(0), (samples**2).mean(0)])]
@@ -476,7 +478,7 @@ class RSSM(nn.Module):
             *dense(deter + embed, hidden), glorot(nn.Linear(hidden, self.size)))
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
-        """Logits [..., S, C] without the observation; stoch is for models with levels in it."""
+        """Logits [..., S, C] without the observation; a variant's may depend on stoch, too."""
         return self.prior_net(deter).float().unflatten(-1, self.groups)
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
@@ -545,7 +547,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -
 
 
 def trajectory_weights(cont: Tensor, discount: float) -> Tensor:
-    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...]; cont[0] at first."""
+    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...], first cont[0]."""
     return (discount * cont).cumprod(0) / discount
 
 
@@ -566,7 +568,7 @@ def split_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
         length = k if key.startswith("reward") else k + 1
         segments = [value[start : start + length] for start in range(0, horizon, k)]
         split[key] = torch.cat(segments, 1)
-    split["goal"] = torch.cat([split["goal"][:-1], split["goal"][:1]])
+    split["goal"][-1] = split["goal"][0]  # the critic bootstraps under the pursued goal
     return split
 
 
@@ -697,7 +699,10 @@ class GoalAutoencoder(nn.Module):
 
     @torch.no_grad()
     def novelty(self, deter: Tensor) -> Tensor:
-        """Exploration reward: the error of reconstructed states, [..., D] -> [...] (eq. 6)."""
+        """Exploration reward: the error of reconstructed states, [..., D] -> [...] (eq. 6).
+
+        The mean over D, as in the official program, where the loss has the sum.
+        """
         skill = self.encode(deter).rsample().flatten(-2)
         return ((self.decode(skill) - deter) ** 2).mean(-1)
 
@@ -741,7 +746,10 @@ class ActorCritic(nn.Module):
         return OneHot(out, unimix=0.01) if self.discrete else BoundedNormal(*out.unbind(-2))
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
-        """Lambda returns, and values of the slow critic, [H, N] both."""
+        """Lambda returns, and values of the slow critic, [H, N] both.
+
+        One step of a manager's trajectory is a decision of K environment steps, discounted once.
+        """
         value = symexp(self.slow[name](feat))  # [H+1, N]
         discount = self.config.discount * traj["cont"][1:]
         returns = lambda_return(traj[f"reward_{name}"], value, discount, self.config.lam)
@@ -803,7 +811,7 @@ class Director(nn.Module):
     A variant is a subclass; `compatible_variants` names others whose checkpoints it loads.
     """
 
-    Config, WorldModel, Goals = Config, WorldModel, GoalAutoencoder  # Replay, Run: see below
+    Config, WorldModel, Goals = Config, WorldModel, GoalAutoencoder  # and Replay, Run, at the end
     compatible_variants = ()
 
     def __init__(self, obs_space: spaces.Dict, act_space: spaces.Space, config: Config):
@@ -827,7 +835,7 @@ class Director(nn.Module):
                 self.optimizers[f"{name}/{key}"] = optimizer
 
     def build(self, action: tuple):
-        """Create what learns beside the world model: goals, and players in their training order."""
+        """Create what learns beside the world model: goals and players."""
         config = self.config
         state = ("deter", "stoch")
         if config.agent == "dreamer":
@@ -855,8 +863,8 @@ class Director(nn.Module):
         self.grad_steps = int(state["grad_steps"])
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
-            for group in optimizer.param_groups:
-                group |= {"lr": self.config.learning_rate, "capturable": False}
+            for group in optimizer.param_groups:  # capturable: variants/graph.py sets it
+                group.update(lr=self.config.learning_rate, capturable=False)
             for param, values in optimizer.state.items():
                 if any(x.shape not in ((), param.shape) for x in values.values()):
                     raise ValueError(f"the optimizer of {key} has other shapes")
@@ -920,9 +928,10 @@ class Director(nn.Module):
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Act in the world model from N states for H steps: a trajectory (see the top).
 
-        starts: deter, stoch, is_terminal, [N, ...], and whatever shall be kept instead of chosen (a
-        goal, for example). Only back-propagating workers need a graph. In it, rewards, cont and
-        values depend on earlier actions through the dynamics alone: actors read detached states.
+        starts: deter, stoch, is_terminal, [N, ...]. Other keys in it, such as a goal, are kept
+        instead of what the manager would choose. Gradients are recorded only for a worker that
+        learns by back-propagation. Its actor reads detached states, so that a return depends on an
+        action through the dynamics alone.
         """
         model = self.world_model
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
@@ -934,9 +943,9 @@ class Director(nn.Module):
                         state["deter"], state["stoch"], state["action"])
                     state = {**state, "deter": deter, "stoch": stoch}
                 detached = {key: value.detach() for key, value in state.items()}
-                chosen = self.choose(detached, np.full(len(state["deter"]), t))
+                chosen = self.choose(detached, np.full(len(state["deter"]), t))  # eq. 5
                 chosen = {key: value for key, value in chosen.items() if key not in starts}
-                dist = self.worker.dist(self.worker.feat({**detached, **chosen}))
+                dist = self.worker.dist(self.worker.feat({**detached, **chosen}))  # eq. 7
                 state = {**state, **chosen, "action": dist.rsample()}
                 if not self.worker.reinforce:
                     state["ent"] = normalized_entropy(dist)
@@ -946,7 +955,7 @@ class Director(nn.Module):
             cont = model.cont_head(feat[1:]).sigmoid()
             traj["cont"] = torch.cat([1 - starts["is_terminal"].float()[None], cont])
             rewards = {name for player in self.players.values() for name in player.rewards}
-            for name in sorted(rewards):
+            for name in sorted(rewards):  # reward_expl, reward_extr, reward_goal
                 traj[f"reward_{name}"] = getattr(self, f"reward_{name}")(traj)
         return traj
 
@@ -956,7 +965,7 @@ class Director(nn.Module):
         return symexp(self.world_model.reward_head(feat[1:]))
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
-        """How new states 1..H are: [H, N] (paper, eq. 6)."""
+        """The novelty of states 1..H: [H, N] (paper, eq. 6)."""
         return self.goals.novelty(traj["deter"][1:])
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
@@ -1103,55 +1112,13 @@ class Replay:
         self.steps = sum(self.lengths_on_disk.values())
 
 
-# ---- Environments ---------------------------------------------------------------------------
-# All are gymnasium.Env with a Dict observation: "image" [64, 64, 3] uint8, "state" [n] float32.
-
-def make_env(task: str, config: Config) -> gymnasium.Env:
-    """One environment, continuous actions scaled to [-1, 1]; UserError if there cannot be one."""
-    suite, _, name = task.partition("_")
-    wanted = config.obs
-    if wanted == "auto" and suite in ("dmc", "pinpad"):
-        wanted = "pixels"
-    try:
-        if suite == "dmc":
-            from envs.dmc import DMControl
-            env = DMControl(name, wanted, config.render_quality)
-        elif suite == "pinpad":
-            from envs import pin_pad  # noqa: F401, it registers its environments
-            observe = {"pixels": "image"}.get(wanted, wanted)
-            env = gymnasium.make(f"PinPad{name.capitalize()}-v0", observe=observe)
-        else:
-            module, _, name = task.removeprefix("gym_").rpartition(":")
-            importlib.import_module(module or "gymnasium")
-            env = gymnasium.make(name, disable_env_checker=True)
-        env = image_and_state(env, wanted)
-    except (gymnasium.error.Error, ImportError) as error:  # or its simulator is not installed
-        raise UserError(f"--task {task}: {' '.join(str(error).split())} (Tasks: dmc_<domain>_"
-                        "<task>, pinpad_<three..eight>, gym_[<module>:]<id>.)") from error
-    space = env.action_space
-    if isinstance(space, spaces.Discrete) and space.n > 1:
-        return env
-    if (isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
-            and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    raise UserError(f"--task {task}: acts in {space}, neither Discrete nor a bounded Box of floats")
-
-
-def vector_envs(config: Config, amount: int):
-    """Environments side by side, in a process each where --processes says so: a context manager."""
-    processes = config.processes == "yes"
-    if config.processes == "auto" and sys.platform != "win32":  # for those that are slow
-        processes = config.task.startswith("dmc_") or ":" in config.task
-    make = functools.partial(make_env, config.task, config)
-    return side_by_side(make, amount, processes)
-
-
 # ---- A run ----------------------------------------------------------------------------------
 # How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which only notes the signal. The
 # loop in `train` finishes its step, sees that Run.should_continue() is false, and its `finally`
-# calls Run.close(), which saves a checkpoint. A second signal of the same kind acts at once. An
-# error of an environment or a closed pipe leads to Run.close() as well. Only an error inside a
-# gradient step (Run.update_complete is false) leaves the last checkpoint as it was.
+# calls Run.close(), which saves a checkpoint. A second signal of the same kind ends the program at
+# once, without saving. An error of an environment or a closed pipe leads to Run.close() as well. An
+# error inside a gradient step, or a loss that is not finite (then Run.update_complete is false),
+# leaves the last checkpoint as it was.
 
 @contextlib.contextmanager
 def os_errors_as_user_errors(where):
@@ -1184,7 +1151,8 @@ def agent_name(agent: type) -> str:
 
 
 def run_folder(config: Config, agent: type) -> pathlib.Path:
-    name = f"{agent_name(agent)}-{config.agent}".removesuffix("-director").removeprefix("director-")
+    names = [name for name in (agent_name(agent), config.agent) if name != "director"]
+    name = "-".join(names) or "director"
     default = f"runs/{config.task.replace('/', '-')}/{name}-{config.size}-{config.seed}"
     return pathlib.Path(config.logdir or default)
 
@@ -1250,7 +1218,7 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
 
 
 class Run:
-    """The state of a run, and its folder. A subclass can agree with others on what `train` asks."""
+    """The state of a run, and its folder."""
 
     def __init__(self, config: Config, agent: type, obs_space: spaces.Dict,
                  act_space: spaces.Space):
@@ -1338,18 +1306,17 @@ class Run:
         return self.step < self.config.steps and not self.received_signals
 
     def reseed(self, *more: int) -> int:
-        """Seed all draws by seed and step; returns a seed for environments.
-
-        It is done at the start and after each save, so that a resumed run draws what it would have
-        drawn without stopping.
-        """
+        """Seed all draws by seed and step when a run starts; returns a seed for environments."""
         seeds = np.random.SeedSequence([self.config.seed, self.step, *more]).generate_state(3)
         torch.manual_seed(int(seeds[0]))
         self.replay.rng = np.random.default_rng(seeds[1])
         return int(seeds[2]) // 2
 
     def save(self):
-        """Write new episodes, then the checkpoint that lists all; does nothing between steps."""
+        """Write new episodes, then the checkpoint that lists all.
+
+        Does nothing if this step is saved already, or if an update was interrupted.
+        """
         if self.step == self.last_save or not self.update_complete:
             return
         self.mean_metrics()  # raises if one is not finite
@@ -1370,7 +1337,6 @@ class Run:
         for name in before.keys() - self.replay.lengths_on_disk.keys():  # left the replay since
             (self.replay_dir / f"{name}.npz").unlink(missing_ok=True)
         self.last_save = self.step
-        self.reseed()
 
     def write_checkpoint(self, buffer: io.BytesIO):
         write_file(self.checkpoint, buffer)
@@ -1509,9 +1475,10 @@ def train(config: Config, agent: type = Director) -> int:
                 train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
             if run.step:
                 run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"])
-            begin = max(config.prefill, config.random)
-            if run.step < begin:
-                run.say(f"Training from step {config.prefill}, random actions until step {begin}.")
+            random_until = max(config.prefill, config.random)
+            if run.step < random_until:
+                run.say(f"Training from step {config.prefill}, random actions until step "
+                        f"{random_until}.")
             while run.should_continue():
                 run.record(driver)  # what the last actions led to
 
@@ -1535,7 +1502,7 @@ def train(config: Config, agent: type = Director) -> int:
                     run.save()
 
                 # Act.
-                if run.step < begin:
+                if run.step < random_until:
                     action = driver.random_action()
                 else:
                     action, state = run.agent.policy(driver.rows, state)
@@ -1580,10 +1547,11 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     try:
         flags = parse_args(argv, agent.Config)
         config = agent.Config(**flags)
-        # glibc shall keep large buffers: M_MMAP_MAX, M_TRIM_THRESHOLD (xs 1.51 -> 1.09 s a step).
+        # Large buffers stay with the program (glibc; size xs: 1.51 -> 1.09 s per train step).
+        m_trim_threshold, m_mmap_max = -1, -4
         with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
-            ctypes.CDLL(None).mallopt(-4, 0)
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+            ctypes.CDLL(None).mallopt(m_mmap_max, 0)
+            ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
         if not config.eval:
             return train(config, agent)
         evaluate(config, agent, flags)

@@ -1015,6 +1015,7 @@ def test_a_resumed_run_learns_exactly_like_an_uninterrupted_one(tmp_path):
     learn(run, 20)
     run.step = 160
     run.save()
+    run.reseed()
     expected = learn(run, 20)
     run.lock.release()
     torch.manual_seed(123)
