@@ -67,7 +67,7 @@ class Wall(composer.Entity):
 
 
 class FirstTouch(RepeatSingleGoalMaze):
-    """Pays 1 in each step from the first touch of the goal on, and does not end the episode."""
+    """Rewards 1 in each step from the first touch of the goal on, and never ends the episode."""
 
     def should_terminate_episode(self, physics):
         return False

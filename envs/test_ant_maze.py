@@ -16,8 +16,8 @@ from conftest import (
 )
 
 OFFICIAL_MAZES = {  # crc32 of the layout, shortest way in cells, yaw on the last steps to the goal;
-    # then what the official environment shows and pays in the episode of the test: state
-    # @ cos(0, 1, ..., 152), mean of the image's channels, reward
+    # then observations and rewards of the official environment in the episode of the test:
+    # state @ cos(0, 1, ..., 152), mean of the image's channels, reward
     "S": (3676918905, 12, 90, (
         (-0.159662, 25.321, 72.606, 106.109, 0), (-1.207208, 26.099, 74.460, 109.115, 0),
         (-17.251844, 40.208, 58.464, 55.360, 0), (-2.938773, 63.385, 56.210, 61.562, 1),
@@ -62,7 +62,7 @@ def ant_maze(name, **flags):
 
 @needs_ant_maze
 @pytest.mark.parametrize("name", list(OFFICIAL_MAZES))
-def test_ant_maze_shows_and_pays_what_the_official_environment_does(name):
+def test_ant_maze_equals_the_official_environment_in_images_states_and_rewards(name):
     _, _, yaw, expected = OFFICIAL_MAZES[name]
     env, act, put = ant_maze(name)
     (obs, _), reward, found = env.reset(seed=0), 0, []
@@ -107,7 +107,7 @@ def test_ant_maze_has_the_official_layout_and_a_way_to_the_goal(name):
 
 
 @needs_ant_maze
-def test_ant_maze_pays_from_the_first_touch_to_the_end_and_begins_anew_after_it():
+def test_ant_maze_rewards_from_the_first_touch_of_the_goal_until_the_episode_ends():
     env, act, put = ant_maze("S", length=12)
     for _ in range(2):
         env.reset(seed=0)

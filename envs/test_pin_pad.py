@@ -35,7 +35,7 @@ PINPAD = {
 
 
 @pytest.mark.parametrize("name", list(PADS))
-def test_pinpad_shows_and_pays_what_the_official_environment_does(name):
+def test_pinpad_equals_the_official_environment_in_images_and_rewards(name):
     # Each frame and reward of these very steps was compared with the official environment.
     assert play(PinPad(name), 4000) == PINPAD[name]
 

@@ -19,7 +19,7 @@ from variants import (
 )
 
 
-def test_diayn_pays_how_much_better_than_by_chance_a_skill_is_recognised():
+def test_diayn_rewards_how_much_better_than_by_chance_a_skill_is_recognised():
     agent = make_variant(diayn.Agent, skills=4)
     agent.goals.discriminator.forward = lambda deter: deter[..., :4].log()
     deter = tensor([[1, 1, 1, 1], [0.7, 0.1, 0.1, 0.1], [0.25] * 4])[:, None]
@@ -68,7 +68,7 @@ def test_diayn_draws_skills_uniformly_until_a_manager_picks():
 
 
 def test_skills_become_recognisable_in_a_fixed_world_model():
-    """The tell-tale, in seconds; without the worker's reward they stay what they were."""
+    """Without the worker's reward, skills stay as hard to recognise as they were."""
     found = []
     for paid in (1, 0):
         agent = make_variant(diayn.Agent, skills=4, learning_rate=3e-3, horizon=8)

@@ -22,7 +22,7 @@ def test_disagreement_is_the_variance_of_means_and_grows_where_nothing_was_seen(
     ensemble, x = agent.ensemble, torch.randn(7, 37)
     means = torch.stack([member(x)[:, 0] for member in ensemble.members]).detach()
     close(ensemble.disagreement(x), means.numpy().var(0, ddof=1).mean(-1))
-    sides = [torch.rand(256, 37) * side for side in (1, -1)]  # the tell-tale, in a second
+    sides = [torch.rand(256, 37) * side for side in (1, -1)]  # the first one is seen
     target = sides[0][:, :16].sin()
     for _ in range(200):
         mean, std = ensemble(sides[0])

@@ -107,7 +107,7 @@ def test_dyna_q_acts_greedily_but_for_a_share_of_epsilon():
 
 
 def test_planning_finds_the_way_that_replay_never_took():
-    """The tell-tale, in seconds: a model in which an action that nobody tried pays."""
+    """The model rewards an action that was never tried."""
     found = []
     for planning in (0, 5):
         agent = make_variant(dyna_q.Agent, planning=planning, learning_rate=3e-3)

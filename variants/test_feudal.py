@@ -15,7 +15,7 @@ from variants import (
 )
 
 
-def test_feudal_pays_the_mean_cosine_of_all_moves_since_the_goal_was_set():
+def test_feudal_rewards_the_mean_cosine_of_all_moves_since_the_goal_was_set():
     agent = make_variant(feudal.Agent, horizon=4, goal_duration=2)
     deter = tensor([[0, 0], [3, 4], [3, 0], [3, 0], [4, 0]])[:, None]
     goal = tensor([[1, 0], [1, 0], [0, 2], [0, 2], [5, 5]])[:, None]

@@ -116,7 +116,7 @@ def test_hac_levels_choose_at_their_own_times_and_the_middle_sees_the_new_goal(i
         assert torch.equal(goal, states[t]["top_goal"])
 
 
-def test_hac_pays_the_middle_for_where_its_choice_has_led_and_for_nothing_before():
+def test_hac_rewards_the_middle_level_for_the_state_that_its_choice_leads_to():
     agent = make_variant(hac.Agent, goal_duration=2, top_duration=2, horizon=8)
     deter = tensor([[1, 0], [9, 9], [0, 2], [9, 9], [4, 0], [9, 9], [3, 4], [9, 9], [3, 4]])
     goal = tensor([[2, 0]] * 4 + [[3, 4]] * 4 + [[7, 7]])

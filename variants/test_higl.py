@@ -16,7 +16,7 @@ from variants import (
 )
 
 
-def test_higl_pays_the_squared_distance_of_codes_and_explores_far_from_the_replayed():
+def test_higl_rewards_minus_the_squared_distance_of_codes_and_novelty():
     agent = make_variant(higl.Agent, latent=2, horizon=8)
     agent.goals.encode = lambda deter: deter[..., :2]
     deter = tensor([[0, 0], [1, 2], [1, 1]])[:, None].expand(-1, 4, -1)
@@ -64,7 +64,7 @@ def test_higl_contrasts_each_pair_with_all_others():
 
 @pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
 def test_higl_codes_of_a_walk_tell_how_far_apart_its_places_are(loss):
-    """The tell-tale, in a second: places on a line, of which no one looks like its neighbour.
+    """Places on a line, whose observations are random vectors.
 
     Reconstruction learns to predict, too, but distances mean something only if they did before.
     """

@@ -157,7 +157,7 @@ def test_noise_is_in_what_is_sampled_and_never_in_an_evaluation():
         assert exact == (mode == "eval")
 
 
-def test_reaching_a_goal_pays_1_in_imagination_and_the_worker_is_not_trained_there():
+def test_reaching_a_goal_is_rewarded_with_1_and_the_worker_is_not_trained_in_imagination():
     agent = make_variant(hindsight.Agent, horizon=8, reached=0.5)
     traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
     near = director.max_cosine(traj["goal"][:-1], traj["deter"][1:])
@@ -170,8 +170,8 @@ def test_reaching_a_goal_pays_1_in_imagination_and_the_worker_is_not_trained_the
     assert agent.reward_goal({"goal": goal, "deter": deter}).tolist() == [1, 0]
 
 
-def test_hindsight_teaches_the_way_to_goals_where_goals_alone_never_pay(only_worker):
-    """The tell-tale, in seconds: a line of eight places; the manager's goals lie outside of it."""
+def test_hindsight_teaches_the_way_to_goals_that_are_never_rewarded_without_it(only_worker):
+    """A line of eight places; the manager's goals lie outside of it."""
     reached, moves = [], torch.tensor([0, 1, -1, 1, -1])
     for her in (4, 0):
         agent = make_variant(hindsight.Agent, her=her, learning_rate=1e-2, units=32, slow_every=10,

@@ -118,7 +118,7 @@ def test_hdreamer_goes_on_with_a_run_of_director_and_first_acts_as_it_did(
     assert director.main([*run, "--steps=300"]) == 2
 
 
-def test_gaussian_draws_reparameterised_numbers_and_pays_their_balanced_kl():
+def test_gaussian_draws_reparameterised_numbers_and_has_a_balanced_kl():
     model = make_variant(gaussian.Agent).world_model
     rssm, deter = model.rssm, torch.randn(3, 16)
     mean, std = rssm.prior(deter).unbind(-1)

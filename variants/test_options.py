@@ -244,7 +244,7 @@ def test_no_gradient_of_actions_leads_through_ends_and_picks(space):
 
 
 def test_options_learn_to_end_where_another_is_worth_more():
-    """The tell-tale, in seconds: option w is worth 1 more in state w; a high cost ends nothing."""
+    """Option w is worth 1 more in state w; with a high cost, options do not end."""
     found = []
     for cost in (0.1, 50):
         agent = make_variant(options.Agent, options=2, learning_rate=1e-2, discount=DISCOUNT,

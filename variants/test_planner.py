@@ -106,7 +106,7 @@ def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_sing
 def test_sequences_are_scored_by_discounted_rewards_and_the_value_of_their_end(monkeypatch):
     agent, scores = make_variant(planner.Agent, candidates=20, plan_length=3), []
 
-    def imagine_move(state, move):  # pays the move's first number; then half is left
+    def imagine_move(state, move):  # reward: the move's first number; cont 0.5
         return {**state, "deter": state["deter"] + 1}, move[:, 0], torch.full((40,), 0.5)
 
     def cross_entropy(score, start, *args):
@@ -131,8 +131,8 @@ def test_codes_are_searched_for_where_the_agent_acts_and_not_where_it_imagines()
 
 
 @pytest.mark.parametrize("way", ["actions", "codes", "mcts"])
-def test_search_does_what_pays_in_the_model(way):
-    """The reward head is made to pay for the last action; the actors know nothing."""
+def test_search_finds_the_action_that_the_model_rewards(way):
+    """The reward head rewards the third action; the actors are not trained."""
     torch.manual_seed(0)
     agent = make_variant(planner.Agent, planner=way, candidates=40, goal_duration=1, horizon=2,
                  simulations=30, tried=16)
