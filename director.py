@@ -50,22 +50,17 @@ import time
 import zipfile
 
 import filelock
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tqdm
 from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from envs import UserError
-from envs.make import make_env, vector_envs  # noqa: F401, make_env is for users of this file
+from envs import UserError, pictures  # the repository's folder envs/ has to be beside this file
+from envs.make import choose_quality, make_env, vector_envs  # noqa: F401, make_env is for users
 from envs.vector import SIGNALS, Driver
 from envs.wrappers import IMAGE
-
-with contextlib.suppress(ImportError):  # PyTorch's LLVM must be loaded before an OpenGL driver's
-    import triton  # noqa: F401
 
 # ---- Configuration --------------------------------------------------------------------------
 SIZES = {  # what --size sets; a flag of its own takes precedence
@@ -107,8 +102,7 @@ class Config:
     size: str = flag("auto", "networks and batches; auto: paper on a GPU, else xs",
                      ("auto", *SIZES), fixed=True)
     device: str = flag("auto", "device that trains", ("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "auto: bfloat16 if the device computes in it",
-                          ("auto", "float32", "bfloat16"))
+    precision: str = flag("auto", "auto: bfloat16 if it is native", ("auto", "float32", "bfloat16"))
     eager: bool = flag(False, "do not use CUDA graphs on a GPU")
     seed: int = flag(0, "seed of networks, samples and environments", low=0, high=2**32 - 1)
     steps: int = flag(1_000_000, "environment steps of the whole run, prefill included")
@@ -117,11 +111,15 @@ class Config:
     log_every: int = flag(1000, "environment steps between two lines of metrics")
     save_every: int = flag(10_000, "environment steps between two checkpoints")
     video_every: int = flag(20_000, "environment steps between two sets of pictures")
+    track: bool = flag(False, "log to Weights & Biases, too")
+    wandb_project: str = flag("director", "project there")
+    skip_missing: bool = flag(False, "resume without replay files that are missing")
     envs: int = flag(4, "environments that run side by side", group="data")
     processes: str = flag("auto", "a process for each environment; auto: for dmc_ and "
                           "gym_<module>:<id>", ("auto", "yes", "no"))
-    render_quality: str = flag("full", "images of dmc_; fast: no shadows, no antialiasing",
-                               ("full", "fast"), fixed=True)
+    action_repeat: int = flag(1, "times that the environment repeats each action", fixed=True)
+    render_quality: str = flag("auto", "of images of dmc_; fast: without shadows; auto: fast "
+                               "if a CPU renders", ("auto", "full", "fast"), fixed=True)
     prefill: int = flag(10_000, "random environment steps before training starts")
     random: int = flag(0, "actions stay random until this step, also after --prefill", low=0)
     replay_size: int = flag(1_000_000, "environment steps to keep; oldest episodes leave first")
@@ -220,10 +218,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class OneHot:
-    """Categorical distributions [...] with logits [..., C].
-
-    Probabilities are (1 - unimix) softmax(logits) + unimix / C.
-    """
+    """Categoricals with logits [..., C]: probs = (1 - unimix) softmax(logits) + unimix / C."""
 
     def __init__(self, logits: Tensor, unimix: float = 0.0):
         if unimix:
@@ -699,11 +694,9 @@ class GoalAutoencoder(nn.Module):
 
     @torch.no_grad()
     def novelty(self, deter: Tensor) -> Tensor:
-        """Exploration reward: the error of reconstructed states, [..., D] -> [...] (eq. 6).
-
-        The mean over D, as in the official program, where the loss has the sum.
-        """
+        """Exploration reward: the error of reconstructed states, [..., D] -> [...] (eq. 6)."""
         skill = self.encode(deter).rsample().flatten(-2)
+        # The mean over D, as in the official program, where the loss is the sum.
         return ((self.decode(skill) - deter) ** 2).mean(-1)
 
 
@@ -746,11 +739,9 @@ class ActorCritic(nn.Module):
         return OneHot(out, unimix=0.01) if self.discrete else BoundedNormal(*out.unbind(-2))
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
-        """Lambda returns, and values of the slow critic, [H, N] both.
-
-        One step of a manager's trajectory is a decision of K environment steps, discounted once.
-        """
+        """Lambda returns, and values of the slow critic, [H, N] both."""
         value = symexp(self.slow[name](feat))  # [H+1, N]
+        # A step is one of the manager's decisions in its trajectory: K steps, discounted once.
         discount = self.config.discount * traj["cont"][1:]
         returns = lambda_return(traj[f"reward_{name}"], value, discount, self.config.lam)
         return returns, value[:-1]
@@ -865,7 +856,7 @@ class Director(nn.Module):
             optimizer.load_state_dict(state["optimizers"][key])
             for group in optimizer.param_groups:  # capturable: variants/graph.py sets it
                 group.update(lr=self.config.learning_rate, capturable=False)
-            for param, values in optimizer.state.items():
+            for param, values in optimizer.state.items():  # fused steps do not check this
                 if any(x.shape not in ((), param.shape) for x in values.values()):
                     raise ValueError(f"the optimizer of {key} has other shapes")
 
@@ -911,6 +902,10 @@ class Director(nn.Module):
         Actions are one-hot, or continuous and not clipped. mode: "train" or "eval".
         """
         model = self.world_model
+        expected = {key: space.shape for key, space in self.obs_space.items()}
+        found = {key: np.shape(obs[key])[1:] for key in expected if key in obs}
+        if found != expected:
+            raise ValueError(f"policy needs {expected} of each environment, but got {found}")
         obs = {"is_first": np.zeros(len(obs[model.encoder.keys[0]]), bool), **obs}
         if state is None:
             obs = {**obs, "is_first": np.ones_like(obs["is_first"])}
@@ -928,10 +923,9 @@ class Director(nn.Module):
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Act in the world model from N states for H steps: a trajectory (see the top).
 
-        starts: deter, stoch, is_terminal, [N, ...]. Other keys in it, such as a goal, are kept
-        instead of what the manager would choose. Gradients are recorded only for a worker that
-        learns by back-propagation. Its actor reads detached states, so that a return depends on an
-        action through the dynamics alone.
+        starts: deter, stoch, is_terminal, [N, ...]; other keys, such as a goal, are kept instead of
+        the manager's choice. Gradients are recorded only for a worker that needs them. Actors read
+        detached states: a return depends on earlier actions through the dynamics alone.
         """
         model = self.world_model
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
@@ -1016,8 +1010,7 @@ class Director(nn.Module):
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whatever else learns from the trajectory, after the players; returns metrics.
 
-        Here two: the goal reward at the last step of a goal, and the same if goals are exchanged
-        between trajectories, which is lower if the worker pursues its goals.
+        Here: the goal reward at the last step of a goal; the same for other trajectories' goals.
         """
         if "reward_goal" not in traj:
             return {}
@@ -1055,7 +1048,7 @@ class Replay:
             name, episode = self.running[env]
             for key, value in rows.items():
                 episode[key].append(value[env])
-            if rows["is_last"][env] or len(episode["reward"]) >= 10_000:
+            if rows["is_last"][env]:
                 self.episodes[name] = {key: np.stack(value) for key, value in episode.items()}
                 del self.running[env]
             self.steps += 1
@@ -1094,18 +1087,31 @@ class Replay:
             if self.lengths_on_disk.get(name) != lengths[name]:
                 buffer = io.BytesIO()
                 np.savez_compressed(buffer, **episode)
-                write_file(folder / f"{name}.npz", buffer)
+                write_file(folder / f"{name}.npz", buffer, run_id=folder.name)
         self.lengths_on_disk = lengths
         return lengths
 
-    def load(self, folder: pathlib.Path, lengths: dict[int, int]):
-        """Read what `save` wrote; damaged files are left out with a line of output."""
+    def load(self, folder: pathlib.Path, lengths: dict[int, int], rows=None, skip_missing=False):
+        """Read what `save` wrote; UserError if files are missing, unless skip_missing.
+
+        rows: a step, as in `add`. Files that are damaged or have other shapes than it has are left
+        out with a line of output.
+        """
+        paths = {name: folder / f"{name}.npz" for name in lengths}
+        missing = sum(not os.access(path, os.R_OK) for path in paths.values())
+        if missing and not skip_missing:
+            raise UserError(f"{folder}: {missing} of {len(paths)} replay files are missing or not "
+                            "readable; put them back, or go on without them by --skip_missing")
         for name, length in lengths.items():
             try:
-                with np.load(folder / f"{name}.npz") as file:
-                    self.episodes[name] = {key: file[key][:length] for key in file}
+                with np.load(paths[name]) as file:
+                    episode = {key: file[key][:length] for key in file}
+                for key, value in (rows or {}).items():
+                    if episode[key].shape != (length, *value.shape[1:]):
+                        raise ValueError(f"its {key} has the shape {episode[key].shape}")
+                self.episodes[name] = episode
             except Exception as error:  # noqa: BLE001, a damaged file can raise anything
-                print(f"Continuing without {folder}/{name}.npz, which cannot be read: {error}")
+                print(f"Continuing without {paths[name]}, which cannot be used: {error}")
         self.lengths_on_disk = {
             name: len(episode["reward"]) for name, episode in self.episodes.items()}
         self.names = itertools.count(max(lengths, default=-1) + 1)
@@ -1113,35 +1119,29 @@ class Replay:
 
 
 # ---- A run ----------------------------------------------------------------------------------
-# How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which only notes the signal. The
-# loop in `train` finishes its step, sees that Run.should_continue() is false, and its `finally`
-# calls Run.close(), which saves a checkpoint. A second signal of the same kind ends the program at
-# once, without saving. An error of an environment or a closed pipe leads to Run.close() as well. An
-# error inside a gradient step, or a loss that is not finite (then Run.update_complete is false),
-# leaves the last checkpoint as it was.
+# How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which notes the signal and
+# interrupts a step of the environments. Otherwise the loop in `train` finishes its step and sees
+# that Run.should_continue() is false. Its `finally` calls Run.close(), which saves a checkpoint. So
+# do errors of environments and closed pipes. A second signal of the same kind ends the program at
+# once, without saving. After an error inside a gradient step, or if a loss is not finite, nothing
+# is saved (Run.update_complete is false).
+#
+# A run has an id, which is in config.json, in the checkpoint, and in the names of the folder of its
+# episodes and of temporary files. Files with another id are never read or changed.
 
-@contextlib.contextmanager
-def os_errors_as_user_errors(where):
-    """A full disk, a missing permission or a closed pipe becomes one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {where}: {error.strerror or error}") from error
-
-
-def write_file(path: pathlib.Path, buffer: io.BytesIO):
+def write_file(path: pathlib.Path, buffer: io.BytesIO, run_id: str = ""):
     """Create or replace a file as a whole: if this is interrupted, the old content stays."""
-    temporary = path.with_name(f".tmp-{os.urandom(8).hex()}")
-    with os_errors_as_user_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{run_id or os.urandom(8).hex()}")
+    temporary.unlink(missing_ok=True)  # of a process of this run that was killed
+    try:
+        with open(temporary, "xb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def agent_name(agent: type) -> str:
@@ -1154,7 +1154,15 @@ def run_folder(config: Config, agent: type) -> pathlib.Path:
     names = [name for name in (agent_name(agent), config.agent) if name != "director"]
     name = "-".join(names) or "director"
     default = f"runs/{config.task.replace('/', '-')}/{name}-{config.size}-{config.seed}"
-    return pathlib.Path(config.logdir or default)
+    return pathlib.Path(config.logdir or default).absolute()
+
+
+def read_settings(logdir: pathlib.Path) -> dict:
+    """What is in config.json; {} if the folder holds no run."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        settings = json.loads((logdir / "config.json").read_text())
+        return settings if settings["run_id"] else {}
+    return {}
 
 
 def read_checkpoint(path: pathlib.Path) -> dict:
@@ -1163,7 +1171,7 @@ def read_checkpoint(path: pathlib.Path) -> dict:
         if file.testzip():
             raise ValueError("its checksums do not match")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != 3:
+    if state.get("format") != 4:
         raise ValueError("it was written by an older version of this program")
     return state
 
@@ -1173,11 +1181,11 @@ def refuse_other_run(state: dict, logdir, agent: type, flags: dict):
     if state["variant"] not in (agent_name(agent), *agent.compatible_variants):
         raise UserError(f"--logdir {logdir}: holds a run of {state['variant']}")
     for field in dataclasses.fields(agent.Config):
-        if field.metadata["fixed"] and field.name in flags and field.name in state["config"]:
-            old, new = state["config"][field.name], flags[field.name]
-            if old != new:
-                raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not "
-                                f"{new}; use its flags, or another --logdir")
+        old = state["config"].get(field.name)
+        new = flags.get(field.name, old)
+        if field.metadata["fixed"] and new != old:
+            raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not {new}; "
+                            "use its flags, or another --logdir")
 
 
 def refuse_other_spaces(agent: "Director", obs_space: spaces.Dict, act_space: spaces.Space):
@@ -1203,12 +1211,14 @@ def build_agent(state: dict, logdir, agent: type, flags: dict) -> "Director":
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
     """The agent trained in a folder, with its settings except these flags; raises UserError."""
     path = pathlib.Path(logdir) / "checkpoint.pt"
+    flags = {key: value for key, value in flags.items() if value != "auto"}  # as the run has it
     try:
         state = read_checkpoint(path)
         refuse_other_run(state, logdir, agent, flags)
         loaded = build_agent(state, logdir, agent, flags)
         loaded.restore(state)
-        loaded.resumed_from = {key: state[key] for key in ("step", "seconds", "episodes", "config")}
+        keys = ("run_id", "step", "seconds", "episodes", "config")
+        loaded.resumed_from = {key: state[key] for key in keys}
     except UserError:
         raise
     except Exception as error:  # a damaged or foreign file can raise anything
@@ -1225,10 +1235,11 @@ class Run:
         self.config, self.variant = config, agent_name(agent)
         self.logdir = run_folder(config, agent)
         self.checkpoint = self.logdir / "checkpoint.pt"
-        self.replay_dir = self.logdir / "replay"
         self.replay = agent.Replay(config.replay_size)
         self.metrics = []  # of gradient steps since the last report
+        self.scores = []  # of episodes that were not printed yet
         self.update_complete = True  # false within gradient steps
+        self.interruptible = False  # true while environments step
         self.received_signals = []
         self.handlers = {}  # of signals, before this run
         self.lock_folder()
@@ -1237,36 +1248,42 @@ class Run:
             refuse_other_spaces(self.agent, obs_space, act_space)
         else:
             self.agent = agent(obs_space, act_space, config)
+        self.run_id = self.agent.resumed_from.get("run_id") or os.urandom(8).hex()
+        self.replay_dir = self.logdir / "replay" / self.run_id
+        self.replay_dir.mkdir(parents=True, exist_ok=True)
         self.step = self.agent.resumed_from["step"]  # of all environments together, so far
         self.last_save = self.last_video = self.last_report = self.step
-        self.report_time = time.time()
+        self.report_time = self.print_time = time.monotonic()
         self.start_time = self.report_time - self.agent.resumed_from["seconds"]  # without pauses
 
     def lock_folder(self):
         """Reserve the folder for this process, as long as it lives; UserError if it cannot be."""
-        with os_errors_as_user_errors(self.logdir):
-            self.logdir.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in self.logdir.iterdir()}
-            if names and not names & {"lock", "metrics.jsonl", "checkpoint.pt"}:
-                raise UserError(f"--logdir {self.logdir}: holds {min(names)}, no run; use another")
-            self.lock = filelock.FileLock(self.logdir / "lock")
-            try:
-                self.lock.acquire(blocking=False)
-            except filelock.Timeout as error:
-                raise UserError(f"--logdir {self.logdir}: another process trains there") from error
-            except NotImplementedError:  # some network file systems have no locks
-                pass
-            for leftover in self.logdir.rglob(".tmp-" + 16 * "[0-9a-f]"):
-                leftover.unlink()  # of a process that was killed
+        self.logdir.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in self.logdir.iterdir() if not path.name.startswith(".tmp-")}
+        if names - {"lock"} and not read_settings(self.logdir):
+            raise UserError(f"--logdir {self.logdir}: holds {min(names)}, no run; use another")
+        path = self.logdir / "lock"
+        self.lock = filelock.FileLock(path)
+        try:
+            self.lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise UserError(f"--logdir {self.logdir}: another process trains there") from error
+        self.lock_stat = path.stat()
 
     def open(self):
         """Continue the files of the run, and listen to signals."""
+        config = dataclasses.asdict(self.config)
+        if self.config.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--track: wandb is missing; pip install wandb") from error
+            wandb.init(project=self.config.wandb_project, name=self.logdir.name, id=self.run_id,
+                       config=config, sync_tensorboard=True, resume="allow")
         self.clean_metrics()
-        with os_errors_as_user_errors(self.logdir):
-            settings = json.dumps(dataclasses.asdict(self.config), indent=2)
-            write_file(self.logdir / "config.json", io.BytesIO(settings.encode()))
-            self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
-        self.bar = tqdm.tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None)
+        settings = json.dumps({"run_id": self.run_id, **config}, indent=2)
+        write_file(self.logdir / "config.json", io.BytesIO(settings.encode()), self.run_id)
+        self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
         with contextlib.suppress(ValueError):  # only the main thread can handle signals
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as HUP is under nohup
@@ -1274,33 +1291,33 @@ class Run:
         self.say(f"{self.config.task}: {self.variant} of size {self.config.size}, "
                  f"{self.config.precision} on {self.config.device}, in {self.logdir}")
         if self.step:
-            new, old = dataclasses.asdict(self.config), self.agent.resumed_from["config"]
-            changed = [f" --{key} is {new[key]}, was {old[key]}." for key in new
-                       if old.get(key, new[key]) != new[key]]
+            old = self.agent.resumed_from["config"]
+            changed = [f" --{key} is {config[key]}, was {old[key]}." for key in config
+                       if old.get(key, config[key]) != config[key]]
             self.say(f"Resumed at step {self.step}.{''.join(changed)}")
 
     def clean_metrics(self):
         """Drop lines of metrics.jsonl that are damaged or later than the checkpoint."""
         path = self.logdir / "metrics.jsonl"
-        with os_errors_as_user_errors(self.logdir):
-            if path.exists() and not self.checkpoint.exists():
-                aside = path.with_name(f"metrics-{os.urandom(4).hex()}.jsonl")
-                path.rename(aside)
-                print(f"{path} is of a run that never saved; it is now {aside}")
-            path.touch()
-            lines = []
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= self.step:
-                        lines.append(line + "\n")
-                except (ValueError, TypeError, KeyError):
-                    print(f"A damaged line of {path} is left out: {line[:60]}")
-            write_file(path, io.BytesIO("".join(lines).encode()))
+        if path.exists() and not self.checkpoint.exists():
+            aside = path.with_name(f"metrics-before-{self.run_id}.jsonl")
+            path.rename(aside)
+            print(f"{path} is of a run that never saved; it is now {aside.name}")
+        path.touch()
+        lines = []
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, after a kill
+                if json.loads(line)["step"] <= self.step:
+                    lines.append(line)
+        write_file(path, io.BytesIO("".join(lines).encode()), self.run_id)
 
     def on_signal(self, number: int, frame):
-        """Note the signal; `train` stops after its step. A second one of its kind acts at once."""
+        """Note the signal; a second one of its kind acts at once."""
         self.received_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if self.interruptible:
+            self.interruptible = False
+            raise KeyboardInterrupt
 
     def should_continue(self) -> bool:
         return self.step < self.config.steps and not self.received_signals
@@ -1313,33 +1330,36 @@ class Run:
         return int(seeds[2]) // 2
 
     def save(self):
-        """Write new episodes, then the checkpoint that lists all.
-
-        Does nothing if this step is saved already, or if an update was interrupted.
-        """
+        """Write new episodes, then the checkpoint that lists all; never after a broken update."""
         if self.step == self.last_save or not self.update_complete:
             return
         self.mean_metrics()  # raises if one is not finite
+        lock = self.logdir / "lock"
+        if (not self.replay_dir.exists() or not lock.exists()
+                or not os.path.samestat(lock.stat(), self.lock_stat)):
+            raise UserError(f"{self.logdir} was moved or deleted; nothing is saved there")
         agent = self.agent
         action = int(agent.act_space.n) if agent.discrete else tuple(agent.act_space.shape)
         sizes = {key: math.prod(space.shape) for key, space in agent.obs_space.items()}
-        before = self.replay.lengths_on_disk
         state = {
-            "format": 3, "variant": self.variant, "config": dataclasses.asdict(self.config),
+            "format": 4, "run_id": self.run_id, "variant": self.variant,
+            "config": dataclasses.asdict(self.config),
             "spaces": (sizes, action), "agent": agent.state_dict(),
             "optimizers": {key: x.state_dict() for key, x in agent.optimizers.items()},
             "grad_steps": agent.grad_steps, "step": self.step,
-            "seconds": time.time() - self.start_time,
+            "seconds": time.monotonic() - self.start_time,
             "episodes": self.replay.save(self.replay_dir)}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self.write_checkpoint(buffer)
-        for name in before.keys() - self.replay.lengths_on_disk.keys():  # left the replay since
-            (self.replay_dir / f"{name}.npz").unlink(missing_ok=True)
+        listed = {f"{name}.npz" for name in self.replay.lengths_on_disk}
+        for path in self.replay_dir.glob("[0-9]*.npz"):
+            if path.name not in listed:  # it left the replay, or a crash has left it
+                path.unlink()
         self.last_save = self.step
 
     def write_checkpoint(self, buffer: io.BytesIO):
-        write_file(self.checkpoint, buffer)
+        write_file(self.checkpoint, buffer, self.run_id)
 
     def close(self):
         """Save and release everything, whatever has ended the loop."""
@@ -1347,14 +1367,13 @@ class Run:
             self.save()
             interrupted = self.received_signals or sys.exc_info()[0]
             if interrupted and self.step == self.last_save > 0:
-                self.bar.write(f"Saved at step {self.step}; the same command resumes.", sys.stderr)
+                with contextlib.suppress(OSError):  # stderr may be full or closed
+                    print(f"Saved at step {self.step}; the same command resumes.", file=sys.stderr)
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.lock.release()
-            with os_errors_as_user_errors(self.logdir):
-                self.bar.close()
-                self.writer.close()
+            self.writer.close()
 
     def times_due(self, every: int) -> int:
         """How many multiples of `every` were reached with the last step of the environments."""
@@ -1365,11 +1384,32 @@ class Run:
         self.replay.add(driver.rows)
         self.step += self.config.envs
         for env in np.flatnonzero(driver.rows["is_last"]):
-            score, length = float(driver.score[env]), int(driver.length[env])
-            self.log({"episode/score": score, "episode/length": length})
-            self.say(f"step {self.step}: episode of {length} steps, return {score:.1f}")
-        with os_errors_as_user_errors("the terminal"):
-            self.bar.update(self.config.envs)
+            self.scores.append(float(driver.score[env]))
+            self.log({"episode/score": self.scores[-1], "episode/length": int(driver.length[env])})
+        silence = time.monotonic() - self.print_time
+        if silence > 30:
+            self.say(f"step {self.step}: {self.progress()}")
+        elif silence > 1 and self.scores:
+            self.say_scores()
+
+    def say_scores(self):
+        """Print the returns of the episodes that ended since the last line."""
+        scores, self.scores = self.scores, []
+        if len(scores) == 1:
+            self.say(f"step {self.step}: an episode of return {scores[0]:.1f}")
+        elif scores:
+            self.say(f"step {self.step}: {len(scores)} episodes of mean return "
+                     f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})")
+
+    def progress(self) -> str:
+        """Speed since the last report, and how long the present phase takes at this speed."""
+        seconds = max(time.monotonic() - self.report_time, 1e-9)
+        rate = (self.step - self.last_report) / seconds
+        phase, end = "training", self.config.steps
+        if self.step < self.config.prefill:
+            phase, end = "random actions without training", self.config.prefill
+        hours = (end - self.step) / max(rate, 1e-9) / 3600
+        return f"{phase}, {rate:.1f} steps/s, {hours:.2f} hours until step {end}"
 
     def mean_metrics(self) -> dict[str, float]:
         """Means since the last report; FloatingPointError if one is not finite."""
@@ -1386,27 +1426,30 @@ class Run:
     def report(self):
         """Log the mean metrics of the gradient steps since the last report."""
         means = self.mean_metrics()
-        rate = (self.step - self.last_report) / (time.time() - self.report_time)
+        now = time.monotonic()
+        rate = (self.step - self.last_report) / max(now - self.report_time, 1e-9)
         self.log({**{f"train/{key}": value for key, value in means.items()},
                   "train/grad_steps": self.agent.grad_steps, "train/steps_per_second": rate,
                   "train/replay_steps": self.replay.steps})
-        text = f"step {self.step}: {self.agent.grad_steps} gradient steps, {rate:.1f} steps/s"
+        self.say_scores()
+        text = f"step {self.step}: {self.agent.grad_steps} gradient steps, {self.progress()}"
         self.say(text + (f", model loss {means['model_loss']:.4g}" if means else ""))
         self.metrics = []
-        self.report_time, self.last_report = time.time(), self.step
+        self.report_time, self.last_report = now, self.step
 
     def log(self, metrics: dict[str, float]):
         """Append to metrics.jsonl, and to TensorBoard's events under the same names."""
-        line = {"step": self.step, "seconds": round(time.time() - self.start_time, 1), **metrics}
-        with os_errors_as_user_errors(self.logdir):
-            with open(self.logdir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            for key, value in metrics.items():
-                self.writer.add_scalar(key, value, self.step)
+        line = {"step": self.step, "seconds": round(time.monotonic() - self.start_time, 1)}
+        if self.config.action_repeat > 1:
+            line["frames"] = self.step * self.config.action_repeat
+        with open(self.logdir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({**line, **metrics}) + "\n")
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, self.step)
 
     def say(self, text: str):
-        with os_errors_as_user_errors("the standard output"):
-            print(text, flush=True) if self.bar.disable else self.bar.write(text)
+        self.print_time = time.monotonic()
+        print(text, flush=True)
 
     def draw(self, film: list[tuple]):
         """Write pictures of an episode and of replay; random draws of training stay the same."""
@@ -1421,70 +1464,47 @@ class Run:
 Director.Replay, Director.Run = Replay, Run
 
 
-@torch.no_grad()
 def draw_pictures(agent: Director, film: list[tuple], batch: dict, path: pathlib.Path, writer=None):
-    """Moving pictures, to <path>-<name>.gif and to TensorBoard.
-
-    episode: a film of (image, goal), side by side. openloop: replayed chunks, the prediction from
-    five frames and the actions, the difference.
-    """
-    model = agent.world_model
-    batch = agent.tensors(batch)
-    states = model.observe({key: value[:, :5] for key, value in batch.items()})
-    deter, stoch = states["deter"][:, -1], states["stoch"][:, -1]
-    feats = []
-    for action in batch["action"][:, 5:].unbind(1):
-        deter, stoch = model.rssm.img_step(deter, stoch, action)
-        feats.append(torch.cat([deter, stoch], -1))
-    predicted = model.decoder(torch.stack(feats, 1))["image"]
-    truth = batch["image"][:, 5:].float() / 255
-    images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
-    # Rows of B pictures [B, frames, 64, 64, 3]; rows are stacked, pictures stand side by side.
-    pictures = {"openloop": [truth, predicted, (predicted - truth + 1) / 2],
-                "episode": [images[None]]}
-    if film[0][1] is not None and agent.picture_goal(film[0][1]) is not None:
-        goals = torch.stack([goal for _, goal in film]).split(64)
-        goals = torch.cat([agent.picture_goal(goal) for goal in goals]).cpu()
-        pictures["episode"] = [torch.stack([images, goals])]
-    for name, rows in pictures.items():
-        frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        frames = (frames * 255).byte().cpu().numpy()  # [frames, height, width, 3]
-        buffer = io.BytesIO()
-        imageio.mimwrite(buffer, frames, "GIF-PIL", duration=0.05, quantizer=2)  # fast octree
-        write_file(path.with_name(f"{path.name}-{name}.gif"), buffer)
+    """Write pictures, see envs/pictures.py, to <path>-<name>.gif and to TensorBoard."""
+    for name, frames in pictures.draw(agent, film, batch).items():
+        write_file(path.with_name(f"{path.name}-{name}.gif"), pictures.gif(frames))
         if writer:
-            strip = np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1)
-            writer.add_image(f"pictures/{name}", strip, int(path.name), dataformats="HWC")
+            writer.add_image(f"pictures/{name}", pictures.strip(frames), int(path.name))
 
 
 def train(config: Config, agent: type = Director) -> int:
     """Train until `config.steps` or a signal; returns the exit code, 0 or 128 + that signal."""
     torch.manual_seed(config.seed)
+    config.render_quality = choose_quality(config, read_settings(run_folder(config, agent)))
+    print(f"Starting {config.envs} environments of {config.task}", flush=True)
     with vector_envs(config, config.envs) as envs:
         run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
+        driver = Driver(envs, run.reseed())
+        if run.step:
+            run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
+                            config.skip_missing)
         run.open()
         try:
-            if not run.should_continue():
-                run.say(f"Step {config.steps} was reached; for more, raise --steps.")
-                return 0
-            driver = Driver(envs, run.reseed())
             state = None  # of the policy
             train_step = run.agent.train_step
             if config.device == "cuda" and agent is Director and not config.eager:
                 from variants.graph import Graphed
                 train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
-            if run.step:
-                run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"])
             random_until = max(config.prefill, config.random)
             if run.step < random_until:
-                run.say(f"Training from step {config.prefill}, random actions until step "
+                run.say(f"Training starts at step {config.prefill}, random actions end at step "
                         f"{random_until}.")
+            if run.step >= config.steps:
+                run.say(f"Step {config.steps} was reached; for more, raise --steps.")
             while run.should_continue():
                 run.record(driver)  # what the last actions led to
 
                 # Learn. An error in here leaves parameters of different steps.
                 run.update_complete = False
                 if run.step > config.prefill:
+                    if run.step <= config.prefill + config.envs:
+                        run.say(f"step {run.step}: training starts")
+                        run.report_time, run.last_report = time.monotonic(), run.step
                     for _ in range(run.times_due(config.train_every)):
                         batch = run.replay.sample(config.batch_size, config.batch_length)
                         run.metrics.append(train_step(batch))
@@ -1507,7 +1527,12 @@ def train(config: Config, agent: type = Director) -> int:
                 else:
                     action, state = run.agent.policy(driver.rows, state)
                     action = action.cpu().numpy()
+                run.interruptible = True
                 driver.step(action, state)
+                run.interruptible = False
+        except KeyboardInterrupt:
+            if not run.received_signals:
+                raise
         finally:
             run.close()
         return 128 + run.received_signals[0] if run.received_signals else 0
@@ -1531,12 +1556,13 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
             driver.step(action.cpu().numpy(), state)
             if driver.rows["is_last"][0]:
                 scores.append(float(driver.score[0]))
-                with os_errors_as_user_errors("the standard output"):
-                    print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
-                          f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
+                print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
+                      f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
                 if driver.film and len(scores) == 1:
                     draw_pictures(player, driver.film, replay.sample(6, 64),
                                   logdir / "pictures/eval")
+            elif driver.length[0] % 1000 == 0:
+                print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
     result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
     write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
     return scores
@@ -1544,24 +1570,30 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
 
 def main(argv: list[str] | None = None, agent: type = Director) -> int:
     """The command line; returns the exit code, which is 2 for a user's mistake."""
+    with contextlib.suppress(AttributeError):  # it is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace")  # of letters that it cannot show
     try:
         flags = parse_args(argv, agent.Config)
         config = agent.Config(**flags)
         # Large buffers stay with the program (glibc; size xs: 1.51 -> 1.09 s per train step).
-        m_trim_threshold, m_mmap_max = -1, -4
         with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
-            ctypes.CDLL(None).mallopt(m_mmap_max, 0)
-            ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         if not config.eval:
             return train(config, agent)
         evaluate(config, agent, flags)
         return 0
     except UserError as error:
-        with contextlib.suppress(OSError):
-            print(f"director.py: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except OSError as error:  # a full disk, a missing permission, a closed pipe
+        message = f"cannot write to {error.filename or 'stdout or --logdir'}: {error.strerror}"
+    except MemoryError:
+        message = "there is too little memory; try smaller networks (--size) or --replay_size"
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT
+    with contextlib.suppress(OSError):
+        print(f"director.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_help_shows_each_flag_with_its_choices_and_defaults(capsys):
         default = field.default
         if default is None:
             default = ", ".join(f"{size} {row[field.name]}" for size, row in Config.sizes.items())
-        assert f"{field.metadata['text']} [{default}]" in words
+        assert default == "" or f"{field.metadata['text']} [{default}]" in words
         if field.metadata["choices"]:
             assert f"--{field.name} {{{','.join(field.metadata['choices'])}}}" in words
 
@@ -96,7 +96,7 @@ def test_tasks_agents_sizes_and_seeds_have_default_folders_of_their_own():
         "runs/gym_ALE-Pong-v5/director-xs-0": {"task": "gym_ALE/Pong-v5"}}
     for folder, flags in folders.items():
         config = Config(**{"task": "pinpad_six", "size": "xs", **flags})
-        assert director.run_folder(config, Director) == pathlib.Path(folder)
+        assert director.run_folder(config, Director) == pathlib.Path.cwd() / folder
 
 
 # ---- Functions, against the official code and against brute force ---------------------------
@@ -763,19 +763,26 @@ def test_replay_loads_what_it_saved_except_damaged_episodes(tmp_path, capsys):
     lengths = replay.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3.npz", "4.npz", "5.npz", "6.npz"]
     loaded = Replay(40)
-    loaded.load(tmp_path, lengths)
+    rows = {key: np.zeros((1, 2)) if key == "state" else np.zeros(1)
+            for key in ("state", "reward", "is_first", "is_last")}
+    loaded.load(tmp_path, lengths, rows)
     assert loaded.steps == replay.steps == 33 and len(loaded.episodes) == 4
     assert loaded.episodes[6]["state"].tolist() == [[9, 0], [9, 1], [9, 2]]
     assert not capsys.readouterr().out
-    # Damage one file and delete another.
+    # Damage one file, delete another, and let a third one hold something else.
     data = bytearray((tmp_path / "4.npz").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "4.npz").write_bytes(data)
     (tmp_path / "6.npz").unlink()
+    np.savez(tmp_path / "5.npz", state=np.zeros((10, 3)))
     loaded = Replay(40)
-    loaded.load(tmp_path, lengths)
-    assert list(loaded.episodes) == [3, 5]
-    assert capsys.readouterr().out.count("Continuing without") == 2
+    with pytest.raises(director.UserError, match="1 of 4 replay files are missing"):
+        loaded.load(tmp_path, lengths, rows)
+    loaded.load(tmp_path, lengths, rows, skip_missing=True)
+    assert list(loaded.episodes) == [3]
+    output = capsys.readouterr().out
+    assert output.count("Continuing without") == 3
+    assert "its state has the shape (10, 3)" in output
 
 
 # ---- Environments ---------------------------------------------------------------------------
@@ -831,7 +838,7 @@ def test_the_state_of_a_dm_control_task_is_one_vector_of_all_its_observations():
         if domain not in ("dog", "humanoid_CMU"):  # slow to load, and like the others
             env = director.make_env(f"dmc_{domain}_{task}", config)
             state = env.reset(seed=0)[0]["state"]
-            specs = env.get_wrapper_attr("env").env.env.observation_spec().values()
+            specs = env.unwrapped.env.observation_spec().values()
             assert env.observation_space["state"].shape == state.shape
             assert state.size == sum(math.prod(spec.shape) for spec in specs), (domain, task)
 
@@ -918,7 +925,7 @@ def test_environments_are_closed_also_after_an_error(fails, monkeypatch):
 def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp_path, capsys):
     flags = [*RUN, f"--logdir={tmp_path}"]
     assert director.main([*flags, "--steps=200"]) == 0
-    assert "random actions until step 100" in capsys.readouterr().out
+    assert "random actions end at step 100" in capsys.readouterr().out
     assert director.main([*flags, "--steps=300", "--learning_rate=1e-3"]) == 0
     assert ("Resumed at step 200. --steps is 300, was 200. --learning_rate is 0.001, was 0.0004.\n"
             in capsys.readouterr().out)
@@ -1005,6 +1012,7 @@ def test_a_resumed_run_learns_exactly_like_an_uninterrupted_one(tmp_path):
             run.replay.sample(2, 16)).items()} for _ in range(steps)]
 
     run, rng = make_run("run"), np.random.default_rng(0)
+    run.open()
     for _ in range(8):
         for t in range(20):
             batch = random_batch(rng, 2, 9, True, 5)
@@ -1021,7 +1029,7 @@ def test_a_resumed_run_learns_exactly_like_an_uninterrupted_one(tmp_path):
     torch.manual_seed(123)
     resumed = make_run("run")
     resumed.reseed()
-    resumed.replay.load(resumed.replay_dir, resumed.agent.resumed_from["episodes"])
+    resumed.replay.load(resumed.replay_dir, resumed.agent.resumed_from["episodes"], rows)
     assert resumed.step == 160 and learn(resumed, 20) == expected
 
 
@@ -1152,7 +1160,7 @@ def test_an_agent_from_a_notebook_has_a_default_folder():
     (["--task=walker"], ["dmc_<domain>_<task>"]),
     (["--task=gym_envs.pin_pad:PinPadThree-v0", "--obs=state"], ["shows image only"]),
     (["--task=gym_CartPole-v1", "--obs=pixels"], ["shows state only"]),
-    (["--task=gym_Strange-v0"], ["neither Discrete nor"]),
+    (["--task=gym_Strange-v0"], ["combine_actions"]),
     (["--horizon=12"], ["multiple of --goal_duration"]),
     (["--batch_size=0"], ["from 1"]),
     (["--units=-5"], ["from 1"]),
@@ -1168,8 +1176,9 @@ def test_an_agent_from_a_notebook_has_a_default_folder():
     (["--seed=1e20"], ["--seed", "4.29497e+09"]),
     (["--skill_classes=1"], ["from 2"]),
     (["--discount=0"], ["from 0.01"]),
-    (["--task=gym_Channels-v0"], ["neither an image nor a vector"]),
-    (["--task=gym_Integers-v0"], ["of floats"])])
+    (["--task=gym_Channels-v0"], ["channel-first"]),
+    (["--task=gym_Integers-v0"], ["of floats"]),
+    (["--task=pinpad_three", "--track"], ["pip install wandb"])])
 def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
         flags, words, tmp_path, monkeypatch, capsys):
     class Strange(Corridor):
@@ -1185,6 +1194,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
         if f"{env.__name__}-v0" not in gymnasium.registry:
             gymnasium.register(f"{env.__name__}-v0", env)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert director.main(flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
@@ -1207,12 +1217,17 @@ def test_a_folder_that_holds_no_run_is_refused_and_left_unchanged(tmp_path, caps
     (tmp_path / "replay").mkdir()
     (tmp_path / "replay/thesis.npz").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    (tmp_path / "lock").write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    (tmp_path / ".tmp-0123456789abcdef").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for logdir in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
         assert director.main([*RUN, f"--logdir={logdir}"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(tmp_path) in error
-    assert {path.name for path in tmp_path.rglob("*")} == {"replay", "thesis.npz", "file"}
-    assert (tmp_path / "file").read_text() == "mine"
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == after and len(before) == 6
 
 
 @pytest.mark.parametrize("spaces_now", [
@@ -1254,35 +1269,116 @@ def test_written_files_replace_links_and_have_the_permissions_of_the_umask(tmp_p
 def test_a_run_deletes_its_old_episodes_and_temporary_files_and_nothing_else(tmp_path):
     flags = [*RUN, "--task=gym_CartPole-v1", f"--logdir={tmp_path}", "--replay_size=60"]
     assert director.main([*flags, "--steps=120"]) == 0
-    before = {path.name for path in (tmp_path / "replay").iterdir()}
+    folder, = (tmp_path / "replay").iterdir()
+    before = {path.name for path in folder.iterdir()}
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "replay/mine.npz").symlink_to(tmp_path / "notes.txt")
-    (tmp_path / "replay/folder").mkdir()
-    (tmp_path / "replay/.tmp-0123456789abcdef").write_text("half")
-    (tmp_path / "replay/.tmp-mine").write_text("mine")
+    (tmp_path / "replay/0.npz").write_text("mine")
+    (tmp_path / "replay/.tmp-0123456789abcdef").write_text("mine")
+    (folder / f".tmp-{folder.name}").write_text("half an episode")  # of a process that was killed
+    (tmp_path / f".tmp-{folder.name}").write_text("half a checkpoint")
+    (folder / "1000.npz").write_text("of a checkpoint that was never written")
     assert director.main([*flags, "--steps=300"]) == 0
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    names = {path.name for path in (tmp_path / "replay").iterdir()}
-    episodes = {f"{name}.npz" for name in director.load(tmp_path).resumed_from["episodes"]}
-    assert names == episodes | {"mine.npz", ".tmp-mine", "folder"} and not names & before
+    for name in ("notes.txt", "replay/0.npz", "replay/.tmp-0123456789abcdef"):
+        assert (tmp_path / name).read_text() == "mine"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"{name}.npz" for name in director.load(tmp_path).resumed_from["episodes"]}
+    assert not names & before and not (tmp_path / f".tmp-{folder.name}").exists()
 
 
-def test_resuming_drops_metrics_that_are_damaged_or_later_than_the_checkpoint(tmp_path, capsys):
+def test_files_of_another_run_in_the_folder_are_never_read_or_changed(tmp_path, capsys):
+    flags = [*RUN, "--task=gym_CartPole-v1"]
+    for name in ("a", "b"):
+        assert director.main([*flags, f"--logdir={tmp_path}/{name}", "--steps=150"]) == 0
+    for folder in (tmp_path / "b/replay").iterdir():
+        folder.rename(tmp_path / "a/replay" / folder.name)
+    before = {path: path.read_bytes() for path in folder.parent.parent.parent.rglob("*.npz")}
+    # A checkpoint whose episodes are not there is refused, and so is one of another run.
+    assert director.main([*flags, f"--logdir={tmp_path}/b", "--steps=200"]) == 2
+    error = capsys.readouterr().err
+    assert "replay files are missing" in error and error.count("\n") == 1
+    # Without its checkpoint, a run begins anew beside the old files.
+    (tmp_path / "a/checkpoint.pt").rename(tmp_path / "checkpoint.pt")
+    assert director.main([*flags, f"--logdir={tmp_path}/a", "--steps=150"]) == 0
+    assert len(list((tmp_path / "a/replay").iterdir())) == 3
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "a/checkpoint.pt")
+    assert director.main([*flags, f"--logdir={tmp_path}/a", "--steps=200"]) == 0
+    assert "Resumed at step 150." in capsys.readouterr().out
+    assert all(path.read_bytes() == data for path, data in before.items() if path.exists())
+    assert sum(path.exists() for path in before) == len(before)
+
+
+def test_missing_replay_files_are_not_forgotten_unless_a_flag_says_so(tmp_path, capsys):
+    flags = [*RUN, "--task=gym_CartPole-v1", f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=150"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "replay").rename(tmp_path / "moved")
+    assert director.main([*flags, "--steps=200"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"(\d+) of \1 replay files are missing", error) and "--skip_missing" in error
+    (tmp_path / "replay").rmdir() if not any((tmp_path / "replay").iterdir()) else None
+    for folder in (tmp_path / "replay").glob("*"):
+        folder.rmdir()  # it is empty
+    (tmp_path / "replay").rmdir()
+    (tmp_path / "moved").rename(tmp_path / "replay")
+    assert all(path.read_bytes() == data for path, data in before.items())
+    next(tmp_path.glob("replay/*/*.npz")).unlink()
+    assert director.main([*flags, "--steps=200", "--skip_missing"]) == 0
+    assert capsys.readouterr().out.count("Continuing without") == 1
+
+
+@pytest.mark.parametrize("loss", ["folder", "replay"])
+def test_a_run_whose_folder_is_moved_or_deleted_says_so_and_saves_nothing(
+        loss, tmp_path, monkeypatch, capsys):
+    steps, train_step = [], Director.train_step
+
+    def remove(self, batch):
+        steps.append(batch)
+        if len(steps) == 5 and loss == "folder":
+            (tmp_path / "run").rename(tmp_path / "moved")
+            (tmp_path / "run").mkdir()
+        elif len(steps) == 5:
+            (tmp_path / "run/replay").rename(tmp_path / "replay")
+        return train_step(self, batch)
+
+    monkeypatch.setattr(Director, "train_step", remove)
+    assert director.main([*RUN, f"--logdir={tmp_path}/run", "--steps=200"]) == 2
+    error = capsys.readouterr().err
+    assert "was moved or deleted; nothing is saved" in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_the_folder_of_a_run_stays_when_an_environment_changes_the_current_one(
+        tmp_path, monkeypatch):
+    class Wanders(Corridor):
+        def reset(self, **kwargs):
+            os.chdir("/")
+            return super().reset(**kwargs)
+
+    gymnasium.registry.pop("Wanders-v0", None)
+    gymnasium.register("Wanders-v0", Wanders)
+    monkeypatch.chdir(tmp_path)
+    flags = [*RUN, "--task=gym_Wanders-v0", "--logdir=run", "--steps=150"]
+    assert director.main(flags) == 0
+    assert (tmp_path / "run/checkpoint.pt").exists()
+    assert director.load(tmp_path / "run").resumed_from["step"] == 150
+
+
+def test_resuming_drops_metrics_that_are_damaged_or_later_than_the_checkpoint(tmp_path):
     flags = [*RUN, f"--logdir={tmp_path}"]
     assert director.main([*flags, "--steps=150"]) == 0
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 170, "from": "after the checkpoint"}\n{"step": 1')
     assert director.main([*flags, "--steps=200"]) == 0
-    assert "A damaged line" in capsys.readouterr().out
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == sorted(steps) and steps[-1] == 200 and 170 not in steps
 
 
-def test_metrics_without_a_checkpoint_are_set_aside(tmp_path, capsys):
+def test_metrics_of_a_run_that_never_saved_are_set_aside(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"run_id": "0123456789abcdef"}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
     assert director.main([*RUN, "--steps=120", f"--logdir={tmp_path}"]) == 0
     assert "never saved; it is now" in capsys.readouterr().out
-    aside, = tmp_path.glob("metrics-*.jsonl")
+    aside, = tmp_path.glob("metrics-before-*.jsonl")
     assert aside.read_text() == '{"step": 9}\n'
     assert read_metrics(tmp_path)[0]["step"] == 50
 
@@ -1500,7 +1596,7 @@ def test_an_output_that_cannot_be_written_saves_the_run_and_gets_one_line(tmp_pa
         error = process.stderr.read()
         assert process.wait() == 2
         assert other.wait() == 2 and "No space left" in other.stderr.read()
-    assert "cannot write to the standard output: Broken pipe" in error
+    assert "cannot write to stdout or --logdir: Broken pipe" in error
     assert "Saved at step" in error and "Traceback" not in error
     assert resumes(tmp_path / "pipe") >= 150
 

@@ -3,6 +3,8 @@
 Rendering needs OpenGL. Without a screen, MuJoCo uses EGL, unless MUJOCO_GL says otherwise.
 """
 
+import contextlib
+import ctypes.util
 import os
 import sys
 import warnings
@@ -10,6 +12,41 @@ import warnings
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+
+
+def import_suite(render: bool):
+    """dm_control.suite; ImportError, with what to do, if it or OpenGL for rendering is missing."""
+    # To be set before dm_control is imported. Some tasks need OpenGL even if nothing is rendered.
+    found = render or ctypes.util.find_library("EGL")
+    if sys.platform == "linux" and not os.environ.get("DISPLAY") and found:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with contextlib.suppress(ImportError):  # PyTorch's LLVM, before that of an OpenGL driver
+        import triton  # noqa: F401
+    try:
+        with warnings.catch_warnings(action="ignore"):  # glfw warns where there is no screen
+            from dm_control import mujoco, suite
+        if render:
+            mujoco.Physics.from_xml_string("<mujoco/>").render(8, 8)
+    except ModuleNotFoundError as error:
+        raise ImportError("dm_control is missing: README.md says how to install it") from error
+    except Exception as error:
+        raise ImportError(
+            f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}. On Debian: "
+            "apt-get install libegl1 libgl1-mesa-dri; without: --obs state") from error
+    return suite
+
+
+def default_quality() -> str:
+    """"full" where a GPU renders, "fast" where the CPU does, which takes it 20 ms a full image."""
+    import_suite(render=True)
+    from dm_control import mujoco
+    from OpenGL import GL
+    physics = mujoco.Physics.from_xml_string("<mujoco/>")
+    physics.render(8, 8)
+    with physics.contexts.gl.make_current() as context:
+        renderer = context.call(GL.glGetString, GL.GL_RENDERER).decode().lower()
+    software = any(name in renderer for name in ("llvmpipe", "softpipe", "swrast", "software"))
+    return "fast" if software else "full"
 
 
 class DMControl(gymnasium.Env):
@@ -23,19 +60,7 @@ class DMControl(gymnasium.Env):
 
     def __init__(self, name: str, obs: str = "pixels", quality: str = "full"):
         self.pixels = obs != "state"
-        if self.pixels and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # before dm_control is imported
-        try:
-            with warnings.catch_warnings(action="ignore"):  # glfw warns where there is no screen
-                from dm_control import mujoco, suite
-            if self.pixels:
-                mujoco.Physics.from_xml_string("<mujoco/>").render(8, 8)
-        except ModuleNotFoundError as error:
-            raise ImportError("dm_control is missing: README.md says how to install it") from error
-        except Exception as error:
-            raise ImportError(
-                f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}. On Debian: "
-                "apt-get install libegl1 libgl1-mesa-dri; without: --obs state") from error
+        suite = import_suite(render=self.pixels)
         tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         tasks["cup_catch"] = ("ball_in_cup", "catch")
         if name not in tasks:

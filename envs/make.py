@@ -2,6 +2,9 @@
 
 import functools
 import importlib
+import multiprocessing
+import os
+import pathlib
 import sys
 
 import gymnasium
@@ -10,11 +13,20 @@ from gymnasium import spaces
 
 from envs import UserError
 from envs.vector import side_by_side
-from envs.wrappers import image_and_state
+from envs.wrappers import (
+    ActionRepeat,
+    Checked,
+    explained_errors,
+    image_and_state,
+    scale_actions,
+    seed_global_generators,
+)
+
+LONGEST_EPISODE = 10_000  # steps of the agent; longer ones are truncated
 
 
-def make_env(task: str, config) -> gymnasium.Env:
-    """One environment for the flags in `config`, a director.Config; raises UserError.
+def make_env(task: str, config, index: int = 0) -> gymnasium.Env:
+    """Environment number `index` for the flags in `config`, a director.Config; raises UserError.
 
     Observations are a Dict of "image" [64, 64, 3] uint8 and "state" [n] float32, or one of them.
     Actions are Discrete, or continuous and scaled to [-1, 1].
@@ -23,29 +35,72 @@ def make_env(task: str, config) -> gymnasium.Env:
     wanted = config.obs
     if wanted == "auto" and suite in ("dmc", "pinpad"):
         wanted = "pixels"
+    seed_global_generators(config.seed + index)
+    in_process = multiprocessing.parent_process() is not None
     try:
-        if suite == "dmc":
-            from envs.dmc import DMControl
-            env = DMControl(name, wanted, config.render_quality)
-        elif suite == "pinpad":
-            from envs import pin_pad  # noqa: F401, it registers its environments
-            observe = {"pixels": "image"}.get(wanted, wanted)
-            env = gymnasium.make(f"PinPad{name.capitalize()}-v0", observe=observe)
-        else:
-            module, _, name = task.removeprefix("gym_").rpartition(":")
-            importlib.import_module(module or "gymnasium")
-            env = gymnasium.make(name, disable_env_checker=True)
-        env = image_and_state(env, wanted)
+        with explained_errors():
+            if suite == "dmc":
+                from envs.dmc import DMControl
+                env = DMControl(name, wanted, config.render_quality)
+            elif suite == "pinpad":
+                from envs import pin_pad  # noqa: F401, it registers its environments
+                observe = {"pixels": "image"}.get(wanted, wanted)
+                env = gymnasium.make(f"PinPad{name.capitalize()}-v0", observe=observe)
+            else:
+                module, _, name = task.removeprefix("gym_").rpartition(":")
+                import_module(module or "gymnasium", config.logdir)
+                env = gymnasium.make(name, disable_env_checker=True)
+        env = image_and_state(Checked(env), wanted, quiet=in_process or index > 0)
     except (gymnasium.error.Error, ImportError) as error:  # or its simulator is not installed
         raise UserError(f"--task {task}: {' '.join(str(error).split())} (Tasks: dmc_<domain>_"
                         "<task>, pinpad_<three..eight>, gym_[<module>:]<id>.)") from error
+    except MemoryError as error:
+        raise UserError(f"--task {task}: there is too little memory for it") from error
     space = env.action_space
-    if isinstance(space, spaces.Discrete) and space.n > 1:
-        return env
-    if (isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
-            and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    raise UserError(f"--task {task}: acts in {space}, neither Discrete nor a bounded Box of floats")
+    if isinstance(space, (spaces.MultiDiscrete, spaces.MultiBinary)):
+        raise UserError(f"--task {task}: acts in {space}. envs.wrappers.combine_actions makes one "
+                        "Discrete action of each combination; README.md shows how")
+    if isinstance(space, spaces.Box):
+        if (len(space.shape) != 1 or space.shape[0] == 0 or not space.is_bounded()
+                or not np.issubdtype(space.dtype, np.floating)):
+            raise UserError(f"--task {task}: acts in {space}. A Box of actions has to be a vector "
+                            "of floats with finite bounds")
+        env = scale_actions(env)
+    elif not isinstance(space, spaces.Discrete) or space.n < 2:
+        raise UserError(f"--task {task}: acts in {space}, neither Discrete with two or more "
+                        "actions nor a bounded Box of floats")
+    if config.action_repeat > 1:
+        env = ActionRepeat(env, config.action_repeat)
+    return gymnasium.wrappers.TimeLimit(env, LONGEST_EPISODE)
+
+
+def import_module(name: str, logdir: str):
+    """Import a module that registers environments, also from the current folder.
+
+    A module inside the folder of a run is refused: a run of someone else must not run code.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    if logdir:
+        run = pathlib.Path(logdir).resolve()
+        for folder in sys.path:
+            path = pathlib.Path(folder, *name.split(".")).resolve()
+            if run in path.parents and (path.is_dir() or path.with_suffix(".py").exists()):
+                raise ImportError(f"the module {name} is inside the run's folder {logdir}")
+    importlib.import_module(name)
+
+
+def choose_quality(config, settings: dict) -> str:
+    """What --render_quality auto means for this task; settings: config.json of a resumed run."""
+    if config.render_quality != "auto":
+        return config.render_quality
+    if not config.task.startswith("dmc_") or config.obs == "state":
+        return "full"  # it is not used
+    from envs.dmc import default_quality
+    try:
+        return settings.get("render_quality") or default_quality()
+    except ImportError as error:
+        raise UserError(f"--task {config.task}: {error}") from error
 
 
 def vector_envs(config, amount: int):
@@ -53,5 +108,5 @@ def vector_envs(config, amount: int):
     processes = config.processes == "yes"
     if config.processes == "auto" and sys.platform != "win32":  # for those that are slow
         processes = config.task.startswith("dmc_") or ":" in config.task
-    make = functools.partial(make_env, config.task, config)
-    return side_by_side(make, amount, processes)
+    makes = [functools.partial(make_env, config.task, config, index) for index in range(amount)]
+    return side_by_side(makes, processes)

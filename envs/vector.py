@@ -2,49 +2,127 @@
 
 import contextlib
 import functools
+import multiprocessing
 import multiprocessing.forkserver
+import os
 import signal
+import sys
+import time
 from collections.abc import Callable
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from envs import UserError
+
+try:
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+except ImportError as error:
+    raise ImportError(f"gymnasium {gymnasium.__version__} is too old: it needs 1.1 or newer, see "
+                      "requirements.txt") from error
 
 # Signals that end a run; it saves first. The main process alone handles them.
 SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
+CLOSE_SECONDS = 10  # that environments may take to close
+
 
 @contextlib.contextmanager
-def side_by_side(make: Callable, amount: int, processes: bool):
-    """A vector environment of `amount` times `make()`, closed at the end, whatever happens.
+def side_by_side(makes: list[Callable], processes: bool):
+    """A vector environment of `make()` for each make, closed at the end, whatever happens.
 
     Autoreset is NEXT_STEP: the last observation of an episode comes with its reward and flags;
     the step after that ignores its action and brings the first observation of the next one.
     """
-    vector_class = SyncVectorEnv
+    if not processes:
+        envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.NEXT_STEP)
+        try:
+            yield envs
+        finally:
+            with time_limit(CLOSE_SECONDS):
+                envs.close()
+        return
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError("a script that trains in processes has to begin with the line: "
+                        'if __name__ == "__main__":')
+    start_fork_server()
     others = set(multiprocessing.active_children())
-    if processes:
-        # A fork server, since this process has threads and may have opened a GPU. It inherits
-        # ignored signals, so that a signal to the whole group is handled by this process alone.
-        vector_class = functools.partial(AsyncVectorEnv, context="forkserver")
-        multiprocessing.set_forkserver_preload(["__main__", "director"])
-        with contextlib.suppress(ValueError):  # only the main thread can set handlers
-            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-            multiprocessing.forkserver.ensure_running()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     envs = None
     try:
-        envs = vector_class([make] * amount, autoreset_mode=AutoresetMode.NEXT_STEP)
+        envs = AsyncVectorEnv([functools.partial(make_in_group, make) for make in makes],
+                              context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP)
         yield envs
     finally:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # it may hang
-            process.join()
-        if envs:
-            envs.closed = isinstance(envs, AsyncVectorEnv)  # as their processes have ended
-            envs.close()
+        close_processes(envs, set(multiprocessing.active_children()) - others)
+
+
+def start_fork_server():
+    """Start the process that forks a process for each environment.
+
+    This process cannot be forked, since it has threads and may have opened a GPU. The server
+    ignores signals: those to the whole group are handled by this process alone.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", "director"])
+    with contextlib.suppress(ValueError):  # only the main thread can set handlers
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def make_in_group(make: Callable) -> gymnasium.Env:
+    """Make an environment; if this process is its own, in a process group of its own.
+
+    So a terminal's Ctrl-C reaches only the main process, which ends the group, and with it whatever
+    the environment has started. That does not inherit ignored signals.
+    """
+    if multiprocessing.parent_process() is not None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        os.setpgid(0, 0)
+    return make()
+
+
+def close_processes(envs: gymnasium.vector.AsyncVectorEnv | None, processes: set):
+    """Close environments and end their processes, after CLOSE_SECONDS also against their will."""
+    if envs is not None:
+        for pipe in envs.parent_pipes:
+            with contextlib.suppress(OSError):  # it has ended
+                pipe.send(("close", None))
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        envs.closed = True
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Leave the block after so many seconds, with a line on stderr; POSIX, main thread only."""
+
+    def expire(number, frame):
+        raise TimeoutError
+
+    try:
+        handler = signal.signal(signal.SIGALRM, expire)
+    except (AttributeError, ValueError):
+        yield
+        return
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    except TimeoutError:
+        print(f"The environments did not close within {seconds} seconds.", file=sys.stderr)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 class Driver:
@@ -63,7 +141,8 @@ class Driver:
         self.score = self.length = 0
         self.film = []
         envs.action_space.seed(seed)
-        obs, _ = envs.reset(seed=seed)
+        with self.named_deaths():
+            obs, _ = envs.reset(seed=seed)
         amount = envs.num_envs
         no = np.zeros(amount, bool)
         self.update(obs, np.zeros((amount, self.actions)), np.zeros(amount), ~no, no, no)
@@ -77,13 +156,14 @@ class Driver:
         """Act, [E, A], in the policy's state; where an episode has ended, the next one begins."""
         if self.rows["is_first"][0]:
             self.film = []
-        if "image" in self.rows and state and len(self.film) < 10_000:
+        if "image" in self.rows and state:
             goal = state["goal"][0] if "goal" in state else None
             self.film.append((self.rows["image"][0], goal))
         is_first = self.rows["is_last"]
         action = np.where(is_first[:, None], 0, action)
         command = action.argmax(-1) + self.space.start if self.discrete else action.clip(-1, 1)
-        obs, reward, terminated, truncated, _ = self.envs.step(command.astype(self.space.dtype))
+        with self.named_deaths():
+            obs, reward, terminated, truncated, _ = self.envs.step(command.astype(self.space.dtype))
         self.update(obs, action, reward, is_first, terminated | truncated, terminated)
 
     def update(self, obs, action, reward, is_first, is_last, is_terminal):
@@ -94,3 +174,18 @@ class Driver:
                 raise FloatingPointError(f"{key} is not finite: {value}")
         self.score = np.where(is_first, 0, self.score + reward)
         self.length = np.where(is_first, 0, self.length + 1)
+
+    @contextlib.contextmanager
+    def named_deaths(self):
+        """If the process of an environment has died, say which one and of what."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            for index, process in enumerate(getattr(self.envs, "processes", [])):
+                process.join(1)
+                if process.exitcode:
+                    code = process.exitcode
+                    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    raise RuntimeError(
+                        f"the process of environment {index} died ({cause})") from error
+            raise

@@ -1,48 +1,227 @@
-"""What Director observes of a Gymnasium environment: an image and a vector."""
+"""What Director observes of a Gymnasium environment, and how it acts in it.
+
+`image_and_state` and `scale_actions` are applied to every environment. `combine_actions` is for
+environments with several discrete actions at once; it is used in a module of your own:
+
+    gymnasium.register("Wheels-v1", lambda: combine_actions(gymnasium.make("Wheels-v0")))
+"""
+
+import contextlib
+import math
+import random
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 from PIL import Image
 
 IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 
+LEAST_SIDE = 16  # pixels; smaller arrays are boards or grids of symbols, which are numbers
+MOST_NUMBERS = 4096  # in an array of more than one dimension
+ACCEPTED = (
+    "Accepted are one image and any number of vectors. An image is uint8, height x width, or "
+    f"height x width x 1 or 3, from {LEAST_SIDE} x {LEAST_SIDE} pixels to any size; channel-first "
+    "images, stacks of frames and RGBA need a wrapper (the model remembers, so a stack is not "
+    f"needed). Other arrays have one dimension, or up to three and up to {MOST_NUMBERS} numbers")
 
-def image_and_state(env: gymnasium.Env, wanted: str) -> gymnasium.Env:
+
+# ---- Observations ---------------------------------------------------------------------------
+
+
+def image_and_state(env: gymnasium.Env, wanted: str, quiet: bool = True) -> gymnasium.Env:
     """Observations as a Dict of "image" [64, 64, 3] uint8 and "state" [n] float32.
 
-    The image is the only uint8 array with one or three channels, if there is one; the state is all
-    else, flattened. wanted: "pixels", "state", "both", or "auto" for what there is. Raises
-    gymnasium.error.Error if the environment does not observe that.
+    The observation may be nested. The image is its only picture, if it has one, resized, and scaled
+    from 0..high of its space to 0..255. The state is all other numbers, flattened. Text and other
+    spaces without a fixed number of numbers are left out, which is printed unless `quiet`.
+
+    wanted: "pixels", "state", "both", or "auto" for what there is. Raises gymnasium.error.Error if
+    the environment does not observe that.
     """
-    space = env.observation_space
-    single = not isinstance(space, spaces.Dict)
-    parts = {"": space} if single else space.spaces
-    images = [key for key, x in parts.items() if x.dtype == np.uint8 and len(x.shape) > 1
-              and x.shape[2:] in ((), (1,), (3,))]
-    rest = spaces.Dict({key: x for key, x in parts.items() if key not in images})
-    too_deep = any(len(x.shape or ()) > 2 for x in rest.values())
-    if len(images) > 1 or not rest.is_np_flattenable or too_deep:
-        raise gymnasium.error.Error(f"observes {space}, which is neither an image nor a vector, "
-                                    "nor a Dict of one image and vectors")
-    available = ["image"] * len(images) + ["state"] * bool(rest)
+    leaves = split(env.observation_space)
+    kinds = {name: kind_of(name, leaf) for name, leaf in leaves.items()}
+    images = [name for name, kind in kinds.items() if kind == "image"]
+    numbers = [name for name, kind in kinds.items() if kind == "numbers"]
+    others = [name for name, kind in kinds.items() if kind == "other"]
+    if others and not quiet:
+        print(f"Not observed, as it is neither image nor numbers: {', '.join(others)}", flush=True)
+    if len(images) > 1:
+        raise gymnasium.error.Error(f"observes several images, {', '.join(images)}. {ACCEPTED}.")
+    available = ["image"] * bool(images) + ["state"] * bool(numbers)
     choices = {"auto": available, "pixels": ["image"], "state": ["state"],
                "both": ["image", "state"]}
     keys = choices[wanted]
-    if not keys or not set(keys) <= set(available):
-        raise gymnasium.error.Error(
-            f"--obs {wanted}: it shows {' and '.join(available) or 'nothing'} only")
+    if not available:
+        raise gymnasium.error.Error(f"observes {env.observation_space}. {ACCEPTED}.")
+    if not set(keys) <= set(available):
+        raise gymnasium.error.Error(f"--obs {wanted}: it shows {' and '.join(available)} only")
 
     def convert(obs) -> dict[str, np.ndarray]:
-        obs = {"": obs} if single else obs
+        values = split(env.observation_space, obs)
         out = {}
         if "state" in keys:
-            out["state"] = np.float32(spaces.flatten(rest, obs))
+            parts = [flatten(name, leaves[name], values[name]) for name in numbers]
+            out["state"] = np.float32(np.concatenate(parts))
         if "image" in keys:
-            image = Image.fromarray(obs[images[0]].squeeze()).convert("RGB")
-            out["image"] = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+            out["image"] = resize(images[0], leaves[images[0]], values[images[0]])
         return out
 
-    vector = spaces.Box(-np.inf, np.inf, (spaces.flatdim(rest),))
+    size = sum(spaces.flatdim(leaves[name]) for name in numbers)
+    vector = spaces.Box(-np.inf, np.inf, (size,))
     converted = spaces.Dict({key: IMAGE if key == "image" else vector for key in keys})
     return gymnasium.wrappers.TransformObservation(env, convert, converted)
+
+
+def split(space: spaces.Space, obs=None, name: str = "") -> dict:
+    """The leaves of a nested space, or of an observation of it: {"sensors.camera": leaf}."""
+    if isinstance(space, spaces.Dict):
+        parts = space.spaces
+    elif isinstance(space, spaces.Tuple):
+        parts = dict(enumerate(space.spaces))
+    else:
+        return {name or "observation": space if obs is None else obs}
+    leaves = {}
+    for key, part in parts.items():
+        value = None if obs is None else obs[key]
+        leaves |= split(part, value, f"{name}.{key}".lstrip("."))
+    return leaves
+
+
+def kind_of(name: str, leaf: spaces.Space) -> str:
+    """ "image", "numbers" or "other"; gymnasium.error.Error for arrays that are none of these."""
+    if isinstance(leaf, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return "numbers"
+    if not isinstance(leaf, spaces.Box):
+        return "other"
+    shape = leaf.shape
+    picture = len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,))
+    if leaf.dtype == np.uint8 and picture and min(shape[:2]) >= LEAST_SIDE:
+        return "image"
+    if len(shape) <= 1 or (len(shape) <= 3 and math.prod(shape) <= MOST_NUMBERS):
+        return "numbers"
+    raise gymnasium.error.Error(f"observes {leaf} as {name}. {ACCEPTED}.")
+
+
+def flatten(name: str, leaf: spaces.Space, value) -> np.ndarray:
+    """The numbers of a leaf, [n]; discrete ones as one-hot vectors."""
+    if isinstance(leaf, spaces.Box):
+        array = np.asarray(value)
+        rounds = array.dtype.kind == "f" and leaf.dtype.kind != "f"
+        if array.shape != leaf.shape or rounds:
+            raise mismatch(name, leaf, array)
+    return spaces.flatten(leaf, value)
+
+
+def resize(name: str, leaf: spaces.Box, value) -> np.ndarray:
+    """A picture as [64, 64, 3] uint8."""
+    image = np.asarray(value)
+    if image.shape != leaf.shape or image.dtype != leaf.dtype:
+        raise mismatch(name, leaf, image)
+    high = int(leaf.high.max())
+    if high != 255:
+        image = np.uint8(image * (255 / high))
+    image = image[:, :, 0] if image.shape[2:] == (1,) else image
+    image = Image.fromarray(image).convert("RGB")
+    return np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+
+
+def mismatch(name: str, leaf: spaces.Box, array: np.ndarray) -> TypeError:
+    return TypeError(
+        f"the environment returned {name} as {array.dtype} {array.shape}, but its "
+        f"observation_space says {leaf.dtype} {leaf.shape}")
+
+
+# ---- Actions --------------------------------------------------------------------------------
+
+
+def scale_actions(env: gymnasium.Env) -> gymnasium.Env:
+    """Continuous actions in [-1, 1]; an actuator whose bounds are equal gets its only value."""
+    low, high = env.action_space.low, env.action_space.high
+    center, half = (high + low) / 2, (high - low) / 2
+    space = spaces.Box(-1, 1, low.shape, low.dtype)
+    return gymnasium.wrappers.TransformAction(
+        env, lambda action: (center + half * action).astype(low.dtype), space)
+
+
+def combine_actions(env: gymnasium.Env) -> gymnasium.Env:
+    """One Discrete action for each combination of a MultiDiscrete or MultiBinary action."""
+    space = env.action_space
+    sizes = space.nvec if isinstance(space, spaces.MultiDiscrete) else np.full(space.shape, 2)
+    start = getattr(space, "start", 0)
+
+    def split_action(action: int) -> np.ndarray:
+        parts = np.array(np.unravel_index(action, sizes.ravel()))
+        return (parts.reshape(space.shape) + start).astype(space.dtype)
+
+    return gymnasium.wrappers.TransformAction(env, split_action, spaces.Discrete(sizes.prod()))
+
+
+class ActionRepeat(gymnasium.Wrapper, RecordConstructorArgs):
+    """Takes each action `times` times, or until the episode ends; rewards are summed."""
+
+    def __init__(self, env: gymnasium.Env, times: int):
+        RecordConstructorArgs.__init__(self, times=times)
+        gymnasium.Wrapper.__init__(self, env)
+        self.times = times
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.times):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+# ---- Faults of environments -----------------------------------------------------------------
+
+
+def seed_global_generators(seed: int):
+    """Seed the global generators of numpy and Python, which environments may draw from.
+
+    All processes start with equal states of these, which would make their episodes identical.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+class Checked(gymnasium.Wrapper, RecordConstructorArgs):
+    """Turns what environments do against the interface into numbers or into errors that say so."""
+
+    def __init__(self, env: gymnasium.Env):
+        RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            seed_global_generators(seed)
+        with explained_errors():
+            obs, info = self.env.reset(seed=seed, options=options)
+        return obs, info
+
+    def step(self, action):
+        with explained_errors():
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        if np.size(reward) != 1:
+            raise TypeError(f"the environment's reward has shape {np.shape(reward)}; it has to be "
+                            "one number")
+        return obs, np.asarray(reward).item(), bool(terminated), bool(truncated), info
+
+
+@contextlib.contextmanager
+def explained_errors():
+    """Errors inside: a note where they look like the old Gym API; SystemExit becomes an error."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError("the environment called sys.exit") from error
+    except (TypeError, ValueError) as error:
+        if "to unpack" in str(error) or "unexpected keyword argument" in str(error):
+            error.add_note(
+                "If the environment follows the old Gym API: Director needs that of gymnasium, "
+                "reset(seed=, options=) -> obs, info; step(action) -> obs, reward, terminated, "
+                "truncated, info.")
+        raise

@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None):
     does_the_manager_lead(agent)
     if isinstance(getattr(agent, "goals", None), director.GoalAutoencoder):
         replay = director.Replay(10**9)
-        replay.load(pathlib.Path(args.run, "replay"), agent.resumed_from["episodes"])
+        folder = pathlib.Path(args.run, "replay", agent.resumed_from["run_id"])
+        replay.load(folder, agent.resumed_from["episodes"])
         does_the_worker_reach(agent, replay)
 
 

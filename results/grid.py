@@ -190,7 +190,8 @@ def train(folder: pathlib.Path, agent: type, flags: list[str]):
 
 def load_replay(folder: pathlib.Path, agent: Director) -> director.Replay:
     replay = director.Replay(10**6)
-    replay.load(folder / "run/replay", agent.resumed_from["episodes"])
+    resumed = agent.resumed_from
+    replay.load(folder / "run/replay" / resumed["run_id"], resumed["episodes"])
     return replay
 
 

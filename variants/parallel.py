@@ -53,8 +53,8 @@ class Replay(director.Replay):
         dist.all_gather_object(lengths, super().save(folder))  # takes about 10 ms
         return dict(enumerate(lengths))
 
-    def load(self, folder, lengths: dict):
-        super().load(folder, lengths[RANK])
+    def load(self, folder, lengths: dict, rows: dict | None = None, skip_missing: bool = False):
+        super().load(folder, lengths[RANK], rows, skip_missing)
 
 
 class Run(director.Run):
@@ -66,7 +66,7 @@ class Run(director.Run):
         self.replay.capacity //= RANKS
         if RANK > 0:
             self.logdir = self.logdir / f"rank{RANK}"
-            self.replay_dir = self.logdir / "replay"
+            self.config.track = False
         super().lock_folder()
 
     def open(self):
@@ -78,8 +78,6 @@ class Run(director.Run):
         super().open()
         if RANK == 0:
             dist.barrier()  # the other processes wait for it in `main`
-        else:
-            self.bar.close()
 
     def reseed(self) -> int:
         return super().reseed(RANK) if RANK > 0 else super().reseed()
@@ -112,6 +110,12 @@ class Run(director.Run):
 
 class Agent(director.Director):
     Replay, Run = Replay, Run
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if RANK > 0:  # the run has one id, that of rank 0
+            settings = director.read_settings(director.run_folder(self.config, Agent))
+            self.resumed_from["run_id"] = settings["run_id"]
 
 
 def main(argv: list[str]) -> int:

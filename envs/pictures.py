@@ -1,0 +1,51 @@
+"""Moving pictures of episodes, and of what a world model predicts."""
+
+import io
+import math
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+
+
+@torch.no_grad()
+def draw(agent, film: list[tuple], batch: dict) -> dict[str, np.ndarray]:
+    """Pictures by name, [frames, height, width, 3] uint8.
+
+    episode: a film of (image, goal) as in `Driver`, side by side. openloop: replayed chunks
+    [B, T, ...], the prediction from five frames and the actions, the difference.
+    """
+    model = agent.world_model
+    batch = agent.tensors(batch)
+    states = model.observe({key: value[:, :5] for key, value in batch.items()})
+    deter, stoch = states["deter"][:, -1], states["stoch"][:, -1]
+    feats = []
+    for action in batch["action"][:, 5:].unbind(1):
+        deter, stoch = model.rssm.img_step(deter, stoch, action)
+        feats.append(torch.cat([deter, stoch], -1))
+    predicted = model.decoder(torch.stack(feats, 1))["image"]
+    truth = batch["image"][:, 5:].float() / 255
+    images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
+    # Rows of B pictures [B, frames, 64, 64, 3]; rows are stacked, pictures stand side by side.
+    pictures = {"openloop": [truth, predicted, (predicted - truth + 1) / 2],
+                "episode": [images[None]]}
+    if film[0][1] is not None and agent.picture_goal(film[0][1]) is not None:
+        goals = torch.stack([goal for _, goal in film]).split(64)
+        goals = torch.cat([agent.picture_goal(goal) for goal in goals]).cpu()
+        pictures["episode"] = [torch.stack([images, goals])]
+    for name, rows in pictures.items():
+        frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        pictures[name] = (frames * 255).byte().cpu().numpy()
+    return pictures
+
+
+def gif(frames: np.ndarray) -> io.BytesIO:
+    """A GIF of 20 frames a second."""
+    buffer = io.BytesIO()
+    imageio.mimwrite(buffer, frames, "GIF-PIL", duration=0.05, quantizer=2)  # fast octree
+    return buffer
+
+
+def strip(frames: np.ndarray) -> np.ndarray:
+    """Eight of the frames side by side, [3, height, 8 width], for TensorBoard."""
+    return np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1).transpose(2, 0, 1)

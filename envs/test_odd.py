@@ -1,0 +1,456 @@
+"""Environments as people have them: what reaches the agent, and what is refused in which words."""
+
+import os
+import subprocess
+import sys
+import time
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import director
+from conftest import HERE, RUN, TINY_FLAGS
+from envs.wrappers import IMAGE, ActionRepeat, combine_actions
+
+VECTOR = spaces.Box(-10, 10, (2,), np.float32)
+
+
+class Odd(gymnasium.Env):
+    """Twenty steps of little, unless a subclass says otherwise."""
+
+    observation_space = VECTOR
+    action_space = spaces.Discrete(3)
+    limit = 20
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.action = action
+        return self.observe(), self.reward(), False, self.t >= self.limit, {}
+
+    def observe(self):
+        return np.array([0, self.t / 20], np.float32)
+
+    def reward(self):
+        return 1.0
+
+
+def make(env_class, **config):
+    """The environment that Director would make of a class."""
+    task = f"{env_class.__name__}-v0"
+    gymnasium.registry.pop(task, None)
+    gymnasium.register(task, env_class)
+    return director.make_env(f"gym_{task}", director.Config(**config))
+
+
+# ---- Observations ---------------------------------------------------------------------------
+
+
+class Nested(Odd):
+    observation_space = spaces.Dict({"sensors": spaces.Dict({"camera": IMAGE, "speed": VECTOR}),
+                                     "pair": spaces.Tuple([spaces.Discrete(2), VECTOR])})
+
+    def observe(self):
+        image = np.full((64, 64, 3), 100 + self.t, np.uint8)
+        return {"sensors": {"camera": image, "speed": super().observe()},
+                "pair": (1, np.float32([3, 4]))}
+
+
+def test_images_and_numbers_are_found_in_nested_observations():
+    env = make(Nested)
+    env.reset()
+    obs = env.step(0)[0]
+    assert (obs["image"] == 101).all()
+    np.testing.assert_allclose(obs["state"], [0, 1, 3, 4, 0, 0.05])
+
+
+class Symbols(Odd):
+    """A grid of symbols, as in MiniGrid, which declares it as a picture."""
+
+    observation_space = spaces.Box(0, 255, (7, 7, 3), np.uint8)
+
+    def observe(self):
+        return np.full((7, 7, 3), self.t % 11, np.uint8)
+
+
+class ZeroToOne(Odd):
+    """A picture whose brightest value is 1."""
+
+    observation_space = spaces.Box(0, 1, (20, 20), np.uint8)
+
+    def observe(self):
+        return np.full((20, 20), self.t % 2, np.uint8)
+
+
+class Board(Odd):
+    """Planes of a board game."""
+
+    observation_space = spaces.Box(0, 1, (8, 8, 12), np.uint8)
+
+    def observe(self):
+        return np.full((8, 8, 12), self.t % 2, np.uint8)
+
+
+@pytest.mark.parametrize(("env_class", "size"), [(Symbols, 147), (Board, 768)])
+def test_small_arrays_are_numbers(env_class, size):
+    env = make(env_class)
+    env.reset()
+    obs = env.step(0)[0]
+    assert list(obs) == ["state"] and (obs["state"] == np.ones(size)).all()
+
+
+def test_pictures_are_scaled_by_the_highest_value_of_their_space():
+    env = make(ZeroToOne)
+    assert (env.reset()[0]["image"] == 0).all() and (env.step(0)[0]["image"] == 255).all()
+
+
+class WithMission(Odd):
+    observation_space = spaces.Dict({"image": IMAGE, "mission": spaces.Text(20)})
+
+    def observe(self):
+        return {"image": np.full((64, 64, 3), 100, np.uint8), "mission": "go to the door"}
+
+
+class UnknownSpace(WithMission):
+    class Mission(spaces.Space):
+        """Cannot say whether it flattens, as that of MiniGrid."""
+
+    observation_space = spaces.Dict({"image": IMAGE, "mission": Mission((), None)})
+
+
+@pytest.mark.parametrize("env_class", [WithMission, UnknownSpace])
+def test_text_and_other_spaces_are_left_out_in_one_line(env_class, capsys):
+    env = make(env_class)
+    assert list(env.reset()[0]) == ["image"]
+    assert capsys.readouterr().out == "Not observed, as it is neither image nor numbers: mission\n"
+
+
+def space(*shape, dtype=np.uint8, high=255):
+    return spaces.Box(0, high, shape, dtype)
+
+
+@pytest.mark.parametrize(("observed", "word"), [
+    (spaces.Text(9), "Text"), (spaces.Dict(), "Dict()"), (spaces.Sequence(VECTOR), "Sequence"),
+    (space(4, 84, 84), "channel-first"), (space(84, 84, 4), "RGBA"),
+    (space(64, 64, 3, dtype=np.float32), "An image is uint8"),
+    (spaces.Dict({"left": IMAGE, "right": IMAGE}), "several images, left, right"),
+    (space(2, 2, 2, 2), "up to three")])
+def test_other_observations_are_refused_and_the_accepted_ones_named(observed, word):
+    class Refused(Odd):
+        observation_space = observed
+
+    with pytest.raises(director.UserError) as error:
+        make(Refused)
+    assert word in str(error.value) and "Accepted are" in str(error.value)
+
+
+class GrayFloats(Odd):
+    """Declares uint8 and shows floats in 0..1."""
+
+    observation_space = spaces.Box(0, 255, (84, 84), np.uint8)
+    shown = np.full((84, 84), 0.4, np.float32)
+
+    def observe(self):
+        return self.shown
+
+
+class ShowsList(GrayFloats):
+    shown = [[0] * 84] * 84
+
+
+class OtherSize(GrayFloats):
+    shown = np.zeros((84, 80), np.uint8)
+
+
+class FloatsForIntegers(Odd):
+    observation_space = spaces.Box(0, 9, (2,), np.int64)
+
+
+class OtherLength(Odd):
+    observation_space = spaces.Box(0, 9, (3,), np.float32)
+
+
+@pytest.mark.parametrize(("env_class", "words"), [
+    (GrayFloats, ["observation as float32 (84, 84)", "uint8 (84, 84)"]),
+    (ShowsList, ["int64 (84, 84)", "uint8"]), (OtherSize, ["(84, 80)", "(84, 84)"]),
+    (FloatsForIntegers, ["float32 (2,)", "int64 (2,)"]), (OtherLength, ["(2,)", "(3,)"])])
+def test_observations_that_differ_from_their_space_are_errors_that_name_both(env_class, words):
+    env = make(env_class)
+    with pytest.raises(TypeError) as error:
+        env.reset()
+    assert all(word in str(error.value) for word in words)
+
+
+# ---- Actions, rewards, episodes -------------------------------------------------------------
+
+
+class Locked(Odd):
+    """The second actuator can only be 2."""
+
+    action_space = spaces.Box(np.float32([-4, 2]), np.float32([0, 2]))
+
+
+def test_a_locked_actuator_gets_its_only_value():
+    env = make(Locked)
+    env.reset()
+    for action, expected in (([-1, -1], [-4, 2]), ([1, 1], [0, 2]), ([0.5, 0], [-1, 2])):
+        env.step(np.float32(action))
+        np.testing.assert_allclose(env.unwrapped.action, expected)
+
+
+class Wheels(Odd):
+    action_space = spaces.MultiDiscrete([3, 2])
+
+
+class Buttons(Odd):
+    action_space = spaces.MultiBinary(2)
+
+
+@pytest.mark.parametrize(("env_class", "expected"), [
+    (Wheels, [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]]),
+    (Buttons, [[0, 0], [0, 1], [1, 0], [1, 1]])])
+def test_several_discrete_actions_are_refused_with_the_wrapper_that_combines_them(
+        env_class, expected):
+    with pytest.raises(director.UserError, match="combine_actions"):
+        make(env_class)
+    env = make(type("Combined", (), {"__new__": lambda cls: combine_actions(env_class())}))
+    env.reset()
+    actions = []
+    for action in range(env.action_space.n):
+        env.step(action)
+        assert env.unwrapped.action_space.contains(env.unwrapped.action)
+        actions.append(env.unwrapped.action.tolist())
+    assert actions == expected
+
+
+class ArrayReward(Odd):
+    def reward(self):
+        return np.array([[1.5]], np.float32)
+
+
+class TwoRewards(Odd):
+    def reward(self):
+        return np.array([1.0, 2.0])
+
+
+def test_a_reward_in_an_array_is_its_number_and_other_shapes_are_named():
+    env = make(ArrayReward)
+    env.reset()
+    assert env.step(0)[1] == 1.5
+    env = make(TwoRewards)
+    env.reset()
+    with pytest.raises(TypeError, match=r"reward has shape \(2,\)"):
+        env.step(0)
+
+
+class Endless(Odd):
+    limit = np.inf
+
+
+def test_episodes_are_truncated_after_ten_thousand_steps():
+    env = make(Endless)
+    env.reset()
+    ends = [env.step(0)[2:4] for _ in range(10_000)]
+    assert ends[-1] == (False, True) and not any(map(any, ends[:-1]))
+
+
+def test_an_action_is_repeated_until_the_episode_ends_and_rewards_are_summed():
+    env = make(Odd, action_repeat=3)
+    env.reset()
+    steps = [env.step(1)[1:4] for _ in range(7)]
+    assert steps == [(3.0, False, False)] * 6 + [(2.0, False, True)]
+    assert isinstance(env.env, ActionRepeat)
+
+
+class OldStep(Odd):
+    def step(self, action):
+        return self.observe(), 0.0, False, {}
+
+
+class OldReset(Odd):
+    def reset(self):
+        return self.observe()
+
+
+class Exits(Odd):
+    def step(self, action):
+        sys.exit(0)
+
+
+@pytest.mark.parametrize("env_class", [OldStep, OldReset])
+def test_an_environment_of_the_old_gym_api_gets_a_note_about_it(env_class):
+    env = make(env_class)
+
+    def play():
+        env.reset()
+        env.step(0)
+
+    with pytest.raises((TypeError, ValueError)) as error:
+        play()
+    assert "the old Gym API" in error.value.__notes__[0]
+
+
+# ---- Processes ------------------------------------------------------------------------------
+
+MODULE = """
+import multiprocessing, os, signal, subprocess, sys, time
+import gymnasium, numpy as np
+from envs.test_odd import Odd, spaces
+
+class GlobalRandom(Odd):
+    def __init__(self):
+        self.world = np.random.uniform(-1, 1)
+
+    def observe(self):
+        return np.array([np.random.uniform(-1, 1), self.world], np.float32)
+
+class Engine(Odd):
+    # Has a simulator in a process of its own. `close` ends it, or forgets to.
+    limit = 5
+
+    def __init__(self, closes=True):
+        code = "import time; time.sleep(600)  # engine of {folder}"
+        self.closes = closes
+        self.engine = subprocess.Popen([sys.executable, "-c", code])
+
+    def close(self):
+        if self.closes or not multiprocessing.parent_process():
+            self.engine.terminate()
+            self.engine.wait()
+
+class Hangs(Odd):
+    def step(self, action):
+        self.total = getattr(self, "total", 0) + 1
+        while self.total >= 90:
+            print("hanging", flush=True)
+            time.sleep(600)
+        return super().step(action)
+
+class Dies(Odd):
+    def step(self, action):
+        if self.t == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+for env in (GlobalRandom, Engine, Hangs, Dies):
+    gymnasium.register(f"{{env.__name__}}-v0", env)
+gymnasium.register("Orphan-v0", lambda: Engine(closes=False))
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module odd_module of a user, in the current folder."""
+    (tmp_path / "odd_module.py").write_text(MODULE.format(folder=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("odd_module", None)
+    for name in ("GlobalRandom", "Engine", "Hangs", "Dies", "Orphan"):
+        gymnasium.registry.pop(f"{name}-v0", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["yes", "no"])
+def test_environments_with_global_generators_differ_from_each_other_and_repeat(processes, module):
+    def play():
+        config = director.Config(task="gym_odd_module:GlobalRandom-v0", processes=processes)
+        with director.vector_envs(config, 3) as envs:
+            driver = director.Driver(envs, seed=5)
+            rows = [driver.rows["state"]]
+            for _ in range(30):
+                driver.step(driver.random_action())
+                rows.append(driver.rows["state"])
+        return np.stack(rows, 1)  # [environment, time, 2]
+
+    first, second = play(), play()
+    assert (first == second).all()
+    for column in range(2):
+        assert len({row.tobytes() for row in first[..., column]}) == 3
+
+
+def program(folder, task, *flags, **kwargs):
+    """director.py as a program in a folder from which it finds modules."""
+    env = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, director.__file__, *RUN, f"--task=gym_odd_module:{task}-v0",
+               f"--logdir={folder}/run", *flags]
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def processes_that_mention(folder) -> list[str]:
+    return subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True,
+                          check=False).stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["Engine", "Orphan"])
+def test_processes_that_environments_start_end_with_the_program(task, module):
+    with program(module, task, "--steps=150") as process:
+        output = process.communicate()
+        assert process.returncode == 0, output
+    assert (module / "run/checkpoint.pt").exists()
+    for _ in range(50):
+        if not processes_that_mention(module):
+            break
+        time.sleep(0.1)
+    assert not processes_that_mention(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["yes", "no"])
+def test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved(processes, module):
+    with program(module, "Hangs", f"--processes={processes}") as process:
+        assert any("hanging" in line for line in process.stdout)
+        start = time.monotonic()
+        process.terminate()
+        error = process.communicate()[1]
+        assert process.returncode == 128 + 15 and "Saved at step" in error, error
+        assert time.monotonic() - start < 30
+    assert not processes_that_mention(module)
+    assert director.load(module / "run").resumed_from["step"] > 150
+
+
+@pytest.mark.slow
+def test_the_process_of_an_environment_that_dies_is_named(module):
+    with program(module, "Dies") as process:
+        error = process.communicate()[1]
+        assert process.returncode == 1
+    assert "the process of environment" in error and "died (SIGKILL)" in error
+
+
+def test_an_environment_that_exits_the_program_is_an_error(module, capfd):
+    gymnasium.registry.pop("Exits-v0", None)
+    gymnasium.register("Exits-v0", Exits)
+    with pytest.raises(RuntimeError, match=r"called sys.exit"):
+        director.main([*RUN, "--task=gym_Exits-v0", f"--logdir={module}/run"])
+
+
+def test_a_module_inside_the_folder_of_a_run_is_not_imported(module, capsys):
+    flags = [*RUN, "--task=gym_odd_module:GlobalRandom-v0", "--processes=no", "--steps=120"]
+    assert director.main([*flags, f"--logdir={module}/run"]) == 0
+    marker = module / "executed"
+    (module / "odd_module.py").rename(module / "run/odd_module.py")
+    with open(module / "run/odd_module.py", "a") as file:
+        file.write(f"\nopen({str(marker)!r}, 'w')\n")
+    sys.modules.pop("odd_module")
+    sys.path.insert(0, str(module / "run"))
+    assert director.main([f"--logdir={module}/run", "--eval=1"]) == 2
+    assert "inside the run's folder" in capsys.readouterr().err and not marker.exists()
+
+
+@pytest.mark.slow
+def test_a_script_without_the_main_guard_is_told_about_it(module):
+    flags = [*TINY_FLAGS, "--task=gym_odd_module:GlobalRandom-v0", "--prefill=50", "--steps=60",
+             "--envs=2", f"--logdir={module}/run"]
+    (module / "script.py").write_text(
+        f"import sys; sys.path.append({str(HERE)!r})\nimport director\ndirector.main({flags})\n")
+    done = subprocess.run([sys.executable, "script.py"], cwd=module, capture_output=True,
+                          text=True, check=False)
+    assert 'if __name__ == "__main__":' in done.stderr and "Traceback" not in done.stderr
