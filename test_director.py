@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import gymnasium
@@ -1664,3 +1665,66 @@ def test_director_learns_to_stay_in_the_far_corner_of_a_grid(background):
     # Without the worker's reward below 0.45, and no more than with exchanged goals.
     assert last["train/goal_reward_last"] > max(0.5, last["train/goal_reward_other"])
     assert last["train/manager_ent"] < 0.8  # a manager that does not learn stays near 1
+
+
+# ---- The README's programs ------------------------------------------------------------------
+
+
+def readme_program(word: str) -> str:
+    """The program in README.md, indented by four spaces, in which this word occurs."""
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", (HERE / "README.md").read_text(), re.M)
+    program, = [block for block in blocks if word in block and "import " in block]
+    return textwrap.dedent(program).strip() + "\n"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Another folder than that of the repository is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_environment_in_the_readme_runs_as_printed(elsewhere, capsys):
+    *module, command = readme_program("class Switches").strip().split("\n")
+    (elsewhere / "my_envs.py").write_text("\n".join(module))
+    flags = command.removeprefix("python director.py ").split()
+    done = subprocess.run([*PROGRAM, *RUN, *flags, "--steps=300", "--logdir=run"], check=False,
+                          cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert director.load("run").act_space == spaces.Discrete(4)
+    lines = [line for line in read_metrics("run") if "episode/score" in line]
+    assert {line["episode/length"] for line in lines} == {100}
+    assert all(5 < line["episode/score"] < 50 for line in lines)  # a quarter of the steps
+
+
+@pytest.mark.slow
+def test_the_loop_in_the_readme_runs_as_printed(elsewhere):
+    flags = [*RUN, "--steps=120", "--logdir=runs/pinpad_three/director-xs-0"]
+    assert director.main(flags) == 0
+    result = {}
+    exec(readme_program("director.load"), result)
+    assert result["action"].shape == (2, 5) and set(result["choice"]) <= set(range(5))
+    assert result["state"]["count"].tolist() == [1, 1]
+
+
+@pytest.mark.slow
+def test_the_variant_in_the_readme_runs_as_printed(elsewhere):
+    (elsewhere / "my_agent.py").write_text(readme_program("class Agent"))
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "my_agent.py", *RUN, "--steps=200"]
+    done = subprocess.run(command, cwd=elsewhere, env=env, check=False, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert (elsewhere / "runs/pinpad_three/my_agent-xs-0/checkpoint.pt").exists()
+
+
+def test_a_wrong_observation_for_the_policy_gets_the_expected_shapes():
+    agent = make_agent(obs={"image": IMAGE, "state": spaces.Box(-1, 1, (3,))})
+    image = np.zeros((2, 64, 64, 3), np.uint8)
+    for obs in ({"image": image}, {"image": image[0], "state": np.zeros(3)},
+                {"image": image, "state": np.zeros((2, 4))}, {}):
+        with pytest.raises(ValueError, match=r"needs \{'image': \(64, 64, 3\), 'state': \(3,\)\}"):
+            agent.policy(obs)
+    assert agent.policy({"image": image, "state": np.zeros((2, 3))})[0].shape == (2, 3)

@@ -30,7 +30,8 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
     "pinpad_three": ("Pin Pad Three", 10_000, {
         "Director, --random 40000": "pinpad_three/director-*",
         "Director, curriculum": "pinpad_three/director_curriculum-*",
-        "Director, random actions only in the prefill": "pinpad_three/director_prefill_only-*"}),
+        "Director, random actions only in the prefill": "pinpad_three/director_prefill_only-*",
+        "flat agent, curriculum": "pinpad_three/flat_curriculum-*"}),
     "pinpad_three_variants": ("Pin Pad Three, all agents with the curriculum", 10_000, CURRICULUM),
     "pinpad_three_official": ("Pin Pad Three, settings of xs at commit 0bb3370", 10_000, {
         "this project": "pinpad_three/director_official_settings-*",
