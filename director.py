@@ -1250,11 +1250,9 @@ class Run:
             self.agent = agent(obs_space, act_space, config)
         self.run_id = self.agent.resumed_from.get("run_id") or os.urandom(8).hex()
         self.replay_dir = self.logdir / "replay" / self.run_id
-        self.replay_dir.mkdir(parents=True, exist_ok=True)
         self.step = self.agent.resumed_from["step"]  # of all environments together, so far
         self.last_save = self.last_video = self.last_report = self.step
-        self.report_time = self.print_time = time.monotonic()
-        self.start_time = self.report_time - self.agent.resumed_from["seconds"]  # without pauses
+        self.start_time = time.monotonic() - self.agent.resumed_from["seconds"]  # without pauses
 
     def lock_folder(self):
         """Reserve the folder for this process, as long as it lives; UserError if it cannot be."""
@@ -1283,7 +1281,9 @@ class Run:
         self.clean_metrics()
         settings = json.dumps({"run_id": self.run_id, **config}, indent=2)
         write_file(self.logdir / "config.json", io.BytesIO(settings.encode()), self.run_id)
+        self.replay_dir.mkdir(parents=True, exist_ok=True)
         self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
+        self.report_time = time.monotonic()
         with contextlib.suppress(ValueError):  # only the main thread can handle signals
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as HUP is under nohup
@@ -1406,7 +1406,7 @@ class Run:
         seconds = max(time.monotonic() - self.report_time, 1e-9)
         rate = (self.step - self.last_report) / seconds
         phase, end = "training", self.config.steps
-        if self.step < self.config.prefill:
+        if self.step <= self.config.prefill:
             phase, end = "random actions without training", self.config.prefill
         hours = (end - self.step) / max(rate, 1e-9) / 3600
         return f"{phase}, {rate:.1f} steps/s, {hours:.2f} hours until step {end}"
