@@ -44,6 +44,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -1120,11 +1121,10 @@ class Replay:
 
 # ---- A run ----------------------------------------------------------------------------------
 # How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which notes the signal and
-# interrupts a step of the environments. Otherwise the loop in `train` finishes its step and sees
-# that Run.should_continue() is false. Its `finally` calls Run.close(), which saves a checkpoint. So
-# do errors of environments and closed pipes. A second signal of the same kind ends the program at
-# once, without saving. After an error inside a gradient step, or if a loss is not finite, nothing
-# is saved (Run.update_complete is false).
+# interrupts a step of the environments. Otherwise the loop in `train` finishes its step, since
+# Run.should_continue() is false. Its `finally` calls Run.close(), which saves a checkpoint, also
+# after errors of environments and closed pipes. A second signal of the same kind ends the program
+# without saving. After an error or a NaN inside a gradient step, update_complete prevents saving.
 #
 # A run has an id, which is in config.json, in the checkpoint, and in the names of the folder of its
 # episodes and of temporary files. Files with another id are never read or changed.
@@ -1510,14 +1510,12 @@ def train(config: Config, agent: type = Director) -> int:
                         run.metrics.append(train_step(batch))
                 run.update_complete = True
 
-                # Report.
+                # Report and save.
                 if run.times_due(config.log_every) or run.step >= config.steps:
                     run.report()
                 video_due = run.step >= run.last_video + config.video_every
                 if video_due and driver.film and driver.rows["is_last"][0]:
                     run.draw(driver.film)
-
-                # Save.
                 if run.times_due(config.save_every):
                     run.save()
 
@@ -1587,7 +1585,9 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
         message = str(error)
     except OSError as error:  # a full disk, a missing permission, a closed pipe
         message = f"cannot write to {error.filename or 'stdout or --logdir'}: {error.strerror}"
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
+        if isinstance(error, RuntimeError) and not re.search("memory|Storage size", str(error)):
+            raise
         message = "there is too little memory; try smaller networks (--size) or --replay_size"
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT

@@ -1768,6 +1768,14 @@ def test_the_variant_in_the_readme_runs_as_printed(elsewhere):
     assert (elsewhere / "runs/pinpad_three/my_agent-xs-0/checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("units", ["1e7", "1e9"])
+def test_networks_that_do_not_fit_into_memory_get_one_line(units, tmp_path, capsys):
+    flags = [*RUN, f"--deter={units}", f"--logdir={tmp_path}", "--task=gym_CartPole-v1"]
+    assert director.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "too little memory" in error and error.count("\n") == 1
+
+
 def test_a_wrong_observation_for_the_policy_gets_the_expected_shapes():
     agent = make_agent(obs={"image": IMAGE, "state": spaces.Box(-1, 1, (3,))})
     image = np.zeros((2, 64, 64, 3), np.uint8)

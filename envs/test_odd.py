@@ -11,6 +11,7 @@ import pytest
 from gymnasium import spaces
 
 import director
+import envs.vector
 from conftest import HERE, RUN, TINY_FLAGS
 from envs.wrappers import IMAGE, ActionRepeat, combine_actions
 
@@ -415,6 +416,18 @@ def test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved(process
         assert time.monotonic() - start < 30
     assert not processes_that_mention(module)
     assert director.load(module / "run").resumed_from["step"] > 150
+
+
+def test_environments_that_hang_while_they_close_are_left_after_a_time(monkeypatch, capsys):
+    class NeverCloses(Odd):
+        def close(self):
+            time.sleep(600)
+
+    monkeypatch.setattr(envs.vector, "CLOSE_SECONDS", 0.5)
+    with envs.vector.side_by_side([NeverCloses], processes=False):
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+    assert "did not close within 0.5 seconds" in capsys.readouterr().err
 
 
 @pytest.mark.slow
