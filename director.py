@@ -1183,7 +1183,7 @@ def refuse_other_run(state: dict, logdir, agent: type, flags: dict):
     for field in dataclasses.fields(agent.Config):
         old = state["config"].get(field.name)
         new = flags.get(field.name, old)
-        if field.metadata["fixed"] and new != old:
+        if field.metadata["fixed"] and old not in (None, new):
             raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not {new}; "
                             "use its flags, or another --logdir")
 

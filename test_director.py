@@ -1027,6 +1027,7 @@ def test_track_starts_weights_and_biases_before_events_are_written(tmp_path, mon
     assert call["id"] == json.loads((tmp_path / "config.json").read_text())["run_id"]
 
 
+@pytest.mark.slow
 @needs_rendering
 def test_the_quality_of_images_is_decided_once_for_a_run(tmp_path, monkeypatch):
     chosen, find = [], envs.dmc.default_quality
@@ -1768,6 +1769,7 @@ def test_the_variant_in_the_readme_runs_as_printed(elsewhere):
     assert (elsewhere / "runs/pinpad_three/my_agent-xs-0/checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", ["1e7", "1e9"])
 def test_networks_that_do_not_fit_into_memory_get_one_line(units, tmp_path, capsys):
     flags = [*RUN, f"--deter={units}", f"--logdir={tmp_path}", "--task=gym_CartPole-v1"]

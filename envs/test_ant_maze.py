@@ -10,10 +10,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import director
-from conftest import (
-    close,
-    needs_rendering,
-)
+from conftest import close, needs_rendering
+
+pytestmark = pytest.mark.slow
 
 OFFICIAL_MAZES = {  # crc32 of the layout, shortest way in cells, yaw on the last steps to the goal;
     # then observations and rewards of the official environment in the episode of the test:
