@@ -345,10 +345,14 @@ gymnasium.register("Orphan-v0", lambda: Engine(closes=False))
 """
 
 
+def write_module(folder):
+    (folder / "odd_module.py").write_text(MODULE.format(folder=folder))
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """A module odd_module of a user, in the current folder."""
-    (tmp_path / "odd_module.py").write_text(MODULE.format(folder=tmp_path))
+    write_module(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
@@ -377,7 +381,8 @@ def test_environments_with_global_generators_differ_from_each_other_and_repeat(p
 
 
 def program(folder, task, *flags, **kwargs):
-    """director.py as a program in a folder from which it finds modules."""
+    """director.py as a program in a folder from which it finds odd_module."""
+    write_module(folder)
     env = {**os.environ, "PYTHONPATH": ""}
     command = [sys.executable, director.__file__, *RUN, f"--task=gym_odd_module:{task}-v0",
                f"--logdir={folder}/run", *flags]
@@ -390,32 +395,39 @@ def processes_that_mention(folder) -> list[str]:
                           check=False).stdout.splitlines()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["Engine", "Orphan"])
-def test_processes_that_environments_start_end_with_the_program(task, module):
-    with program(module, task, "--steps=150") as process:
+def run_engines(folder, task):
+    with program(folder, task, "--steps=150") as process:
         output = process.communicate()
         assert process.returncode == 0, output
-    assert (module / "run/checkpoint.pt").exists()
+    assert (folder / "run/checkpoint.pt").exists()
     for _ in range(50):
-        if not processes_that_mention(module):
-            break
+        if not processes_that_mention(folder):
+            return
         time.sleep(0.1)
-    assert not processes_that_mention(module)
+    raise AssertionError(processes_that_mention(folder))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["yes", "no"])
-def test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved(processes, module):
-    with program(module, "Hangs", f"--processes={processes}") as process:
+@pytest.mark.parametrize("task", ["Engine", "Orphan"])
+def test_processes_that_environments_start_end_with_the_program(task, background):
+    assert director.load(background / "run").resumed_from["step"] == 150
+
+
+def interrupt_hanging(folder, processes):
+    with program(folder, "Hangs", f"--processes={processes}") as process:
         assert any("hanging" in line for line in process.stdout)
         start = time.monotonic()
         process.terminate()
         error = process.communicate()[1]
         assert process.returncode == 128 + 15 and "Saved at step" in error, error
         assert time.monotonic() - start < 30
-    assert not processes_that_mention(module)
-    assert director.load(module / "run").resumed_from["step"] > 150
+    assert not processes_that_mention(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["yes", "no"])
+def test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved(processes, background):
+    assert director.load(background / "run").resumed_from["step"] > 150
 
 
 def test_environments_that_hang_while_they_close_are_left_after_a_time(monkeypatch, capsys):
@@ -430,11 +442,15 @@ def test_environments_that_hang_while_they_close_are_left_after_a_time(monkeypat
     assert "did not close within 0.5 seconds" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_process_of_an_environment_that_dies_is_named(module):
-    with program(module, "Dies") as process:
-        error = process.communicate()[1]
+def run_until_one_dies(folder):
+    with program(folder, "Dies", "--steps=150") as process:
+        (folder / "error").write_text(process.communicate()[1])
         assert process.returncode == 1
+
+
+@pytest.mark.slow
+def test_the_process_of_an_environment_that_dies_is_named(background):
+    error = (background / "error").read_text()
     assert "the process of environment" in error and "died (SIGKILL)" in error
 
 
@@ -458,12 +474,29 @@ def test_a_module_inside_the_folder_of_a_run_is_not_imported(module, capsys):
     assert "inside the run's folder" in capsys.readouterr().err and not marker.exists()
 
 
-@pytest.mark.slow
-def test_a_script_without_the_main_guard_is_told_about_it(module):
+def run_script_without_guard(folder):
+    write_module(folder)
     flags = [*TINY_FLAGS, "--task=gym_odd_module:GlobalRandom-v0", "--prefill=50", "--steps=60",
-             "--envs=2", f"--logdir={module}/run"]
-    (module / "script.py").write_text(
+             "--envs=2", f"--logdir={folder}/run"]
+    (folder / "script.py").write_text(
         f"import sys; sys.path.append({str(HERE)!r})\nimport director\ndirector.main({flags})\n")
-    done = subprocess.run([sys.executable, "script.py"], cwd=module, capture_output=True,
+    done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True,
                           text=True, check=False)
-    assert 'if __name__ == "__main__":' in done.stderr and "Traceback" not in done.stderr
+    (folder / "error").write_text(done.stderr)
+
+
+@pytest.mark.slow
+def test_a_script_without_the_main_guard_is_told_about_it(background):
+    error = (background / "error").read_text()
+    assert 'if __name__ == "__main__":' in error and "Traceback" not in error
+
+
+HANGING = "test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved"
+STARTED = "test_processes_that_environments_start_end_with_the_program"
+BACKGROUND = {  # see conftest.py
+    f"{STARTED}[Engine]": lambda folder: run_engines(folder, "Engine"),
+    f"{STARTED}[Orphan]": lambda folder: run_engines(folder, "Orphan"),
+    f"{HANGING}[yes]": lambda folder: interrupt_hanging(folder, "yes"),
+    f"{HANGING}[no]": lambda folder: interrupt_hanging(folder, "no"),
+    "test_the_process_of_an_environment_that_dies_is_named": run_until_one_dies,
+    "test_a_script_without_the_main_guard_is_told_about_it": run_script_without_guard}
