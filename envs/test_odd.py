@@ -339,7 +339,13 @@ class Dies(Odd):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)
 
-for env in (GlobalRandom, Engine, Hangs, Dies):
+class Raises(Odd):
+    def step(self, action):
+        if self.t == 3:
+            raise ZeroDivisionError("the simulator is unstable")
+        return super().step(action)
+
+for env in (GlobalRandom, Engine, Hangs, Dies, Raises):
     gymnasium.register(f"{{env.__name__}}-v0", env)
 gymnasium.register("Orphan-v0", lambda: Engine(closes=False))
 """
@@ -357,7 +363,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     sys.modules.pop("odd_module", None)
-    for name in ("GlobalRandom", "Engine", "Hangs", "Dies", "Orphan"):
+    for name in ("GlobalRandom", "Engine", "Hangs", "Dies", "Raises", "Orphan"):
         gymnasium.registry.pop(f"{name}-v0", None)
 
 
@@ -442,16 +448,19 @@ def test_environments_that_hang_while_they_close_are_left_after_a_time(monkeypat
     assert "did not close within 0.5 seconds" in capsys.readouterr().err
 
 
-def run_until_one_dies(folder):
-    with program(folder, "Dies", "--steps=150") as process:
+def run_until_one_fails(folder, task):
+    with program(folder, task, "--steps=150") as process:
         (folder / "error").write_text(process.communicate()[1])
         assert process.returncode == 1
 
 
 @pytest.mark.slow
-def test_the_process_of_an_environment_that_dies_is_named(background):
+@pytest.mark.parametrize(("task", "words"), [
+    ("Dies", ["RuntimeError: the process of environment", "died (SIGKILL)"]),
+    ("Raises", ["ZeroDivisionError: the simulator is unstable"])])
+def test_the_error_or_death_of_an_environment_in_a_process_is_named(task, words, background):
     error = (background / "error").read_text()
-    assert "the process of environment" in error and "died (SIGKILL)" in error
+    assert all(word in error.strip().splitlines()[-1] for word in words), error
 
 
 def test_an_environment_that_exits_the_program_is_an_error(module, capfd):
@@ -492,11 +501,13 @@ def test_a_script_without_the_main_guard_is_told_about_it(background):
 
 
 HANGING = "test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved"
+NAMED = "test_the_error_or_death_of_an_environment_in_a_process_is_named"
 STARTED = "test_processes_that_environments_start_end_with_the_program"
 BACKGROUND = {  # see conftest.py
     f"{STARTED}[Engine]": lambda folder: run_engines(folder, "Engine"),
     f"{STARTED}[Orphan]": lambda folder: run_engines(folder, "Orphan"),
     f"{HANGING}[yes]": lambda folder: interrupt_hanging(folder, "yes"),
     f"{HANGING}[no]": lambda folder: interrupt_hanging(folder, "no"),
-    "test_the_process_of_an_environment_that_dies_is_named": run_until_one_dies,
+    f"{NAMED}[Dies-words0]": lambda folder: run_until_one_fails(folder, "Dies"),
+    f"{NAMED}[Raises-words1]": lambda folder: run_until_one_fails(folder, "Raises"),
     "test_a_script_without_the_main_guard_is_told_about_it": run_script_without_guard}

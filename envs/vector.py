@@ -89,8 +89,8 @@ def make_in_group(make: Callable) -> gymnasium.Env:
 def close_processes(envs: gymnasium.vector.AsyncVectorEnv | None, processes: set):
     """Close environments and end their processes, after CLOSE_SECONDS also against their will."""
     if envs is not None:
-        for pipe in envs.parent_pipes:
-            with contextlib.suppress(OSError):  # it has ended
+        for pipe in filter(None, envs.parent_pipes):  # None: this environment has raised an error
+            with contextlib.suppress(OSError):  # its process has ended
                 pipe.send(("close", None))
         deadline = time.monotonic() + CLOSE_SECONDS
         for process in processes:
