@@ -41,7 +41,7 @@ def make_env(task: str, config, index: int = 0) -> gymnasium.Env:
         with explained_errors():
             if suite == "dmc":
                 from envs.dmc import DMControl
-                env = DMControl(name, wanted, config.render_quality)
+                env = DMControl(name, wanted, choose_quality(config, {}))
             elif suite == "pinpad":
                 from envs import pin_pad  # noqa: F401, it registers its environments
                 observe = {"pixels": "image"}.get(wanted, wanted)
