@@ -1305,10 +1305,10 @@ class Run:
             print(f"{path} is of a run that never saved; it is now {aside.name}")
         path.touch()
         lines = []
-        for line in path.read_text(errors="replace").splitlines(keepends=True):
+        for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, after a kill
                 if json.loads(line)["step"] <= self.step:
-                    lines.append(line)
+                    lines.append(line + "\n")
         write_file(path, io.BytesIO("".join(lines).encode()), self.run_id)
 
     def on_signal(self, number: int, frame):
