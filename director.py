@@ -58,8 +58,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from envs import UserError, pictures  # the repository's folder envs/ has to be beside this file
-from envs.make import choose_quality, make_env, vector_envs  # noqa: F401, make_env is for users
+from envs import UserError, pictures, require  # the folder envs/ has to be beside this file
+from envs.make import choose_quality, make_env, refuse_other_spaces, vector_envs  # noqa: F401
 from envs.vector import SIGNALS, Driver
 from envs.wrappers import IMAGE
 
@@ -100,7 +100,7 @@ class Config:
     obs: str = flag("auto", "auto: pixels of dmc_ and pinpad_, all that gym_ tasks observe",
                     ("auto", "pixels", "state", "both"), fixed=True)
     agent: str = flag("director", "dreamer: the flat baseline", ("director", "dreamer"), fixed=True)
-    size: str = flag("auto", "networks and batches; auto: paper on a GPU, else xs",
+    size: str = flag("auto", "values of SIZES; auto: paper on a GPU, else xs",
                      ("auto", *SIZES), fixed=True)
     device: str = flag("auto", "device that trains", ("auto", "cpu", "cuda"))
     precision: str = flag("auto", "auto: bfloat16 if it is native", ("auto", "float32", "bfloat16"))
@@ -119,8 +119,8 @@ class Config:
     processes: str = flag("auto", "a process for each environment; auto: for dmc_ and "
                           "gym_<module>:<id>", ("auto", "yes", "no"))
     action_repeat: int = flag(1, "times that the environment repeats each action", fixed=True)
-    render_quality: str = flag("auto", "of images of dmc_; fast: without shadows; auto: fast "
-                               "if a CPU renders", ("auto", "full", "fast"), fixed=True)
+    render_quality: str = flag("auto", "images of dmc_ tasks; fast: no shadows; auto: fast "
+                               "if the CPU renders", ("auto", "full", "fast"), fixed=True)
     prefill: int = flag(10_000, "random environment steps before training starts")
     random: int = flag(0, "actions stay random until this step, also after --prefill", low=0)
     replay_size: int = flag(1_000_000, "environment steps to keep; oldest episodes leave first")
@@ -572,8 +572,8 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """Reduce a trajectory to the manager's: every k-th state, skills as actions (Section 2.3).
 
     [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. The reward of a block is the
-    mean over its k steps, each weighted by the probability of getting that far in the block. cont
-    of a later state is the product over the block before it.
+    mean over its k steps, each weighted by the probability of getting that far in the block. Later
+    entries of cont are the probability to survive the block before.
     """
     alive = traj["cont"][:-1].unflatten(0, (-1, k)).cumprod(1)  # [H/k, k, N]
     abstract = {"action": traj["skill"][::k]}
@@ -742,7 +742,7 @@ class ActorCritic(nn.Module):
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
         """Lambda returns, and values of the slow critic, [H, N] both."""
         value = symexp(self.slow[name](feat))  # [H+1, N]
-        # A step is one of the manager's decisions in its trajectory: K steps, discounted once.
+        # For the manager, a step is a decision: K environment steps are discounted once.
         discount = self.config.discount * traj["cont"][1:]
         returns = lambda_return(traj[f"reward_{name}"], value, discount, self.config.lam)
         return returns, value[:-1]
@@ -1040,6 +1040,7 @@ class Replay:
         self.names = itertools.count()
         self.steps = 0  # in all episodes
         self.lengths_on_disk = {}  # {name: length}
+        self.left_out = set()  # names of files that could not be used; they stay on disk
 
     def add(self, rows: dict[str, np.ndarray]):
         """Add one step of each environment, arrays [E, ...] as in `Driver.rows`."""
@@ -1113,6 +1114,9 @@ class Replay:
                 self.episodes[name] = episode
             except Exception as error:  # noqa: BLE001, a damaged file can raise anything
                 print(f"Continuing without {paths[name]}, which cannot be used: {error}")
+                self.left_out.add(name)
+        if lengths and not self.episodes and not skip_missing:
+            raise UserError(f"{folder}: no replay file can be used")
         self.lengths_on_disk = {
             name: len(episode["reward"]) for name, episode in self.episodes.items()}
         self.names = itertools.count(max(lengths, default=-1) + 1)
@@ -1127,7 +1131,7 @@ class Replay:
 # without saving. After an error or a NaN inside a gradient step, update_complete prevents saving.
 #
 # A run has an id, which is in config.json, in the checkpoint, and in the names of the folder of its
-# episodes and of temporary files. Files with another id are never read or changed.
+# episodes and of temporary files. Such files with another id are never read or changed.
 
 def write_file(path: pathlib.Path, buffer: io.BytesIO, run_id: str = ""):
     """Create or replace a file as a whole: if this is interrupted, the old content stays."""
@@ -1188,14 +1192,6 @@ def refuse_other_run(state: dict, logdir, agent: type, flags: dict):
                             "use its flags, or another --logdir")
 
 
-def refuse_other_spaces(agent: "Director", obs_space: spaces.Dict, act_space: spaces.Space):
-    """UserError if a loaded agent was trained with other observations or actions."""
-    actions = (type(act_space), spaces.flatdim(act_space))
-    if (obs_space, actions) != (agent.obs_space, (type(agent.act_space), agent.sizes["action"])):
-        raise UserError(f"--logdir {agent.config.logdir}: holds a run in {agent.obs_space}, "
-                        f"{agent.act_space}, not {obs_space}, {act_space}; use another --logdir")
-
-
 def build_agent(state: dict, logdir, agent: type, flags: dict) -> "Director":
     """The agent of a checkpoint with its own settings, except the given flags; not yet trained."""
     old = {key: value for key, value in state["config"].items() if hasattr(agent.Config, key)}
@@ -1246,6 +1242,8 @@ class Run:
         if self.checkpoint.exists():
             self.agent = load(self.checkpoint.parent, agent, **dataclasses.asdict(config))
             refuse_other_spaces(self.agent, obs_space, act_space)
+            if self.agent.resumed_from["run_id"] != read_settings(self.logdir)["run_id"]:
+                raise UserError(f"{self.checkpoint} is of another run than config.json beside it")
         else:
             self.agent = agent(obs_space, act_space, config)
         self.run_id = self.agent.resumed_from.get("run_id") or os.urandom(8).hex()
@@ -1257,8 +1255,9 @@ class Run:
     def lock_folder(self):
         """Reserve the folder for this process, as long as it lives; UserError if it cannot be."""
         self.logdir.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in self.logdir.iterdir() if not path.name.startswith(".tmp-")}
-        if names - {"lock"} and not read_settings(self.logdir):
+        names = [path.name for path in self.logdir.iterdir()
+                 if path.name != "lock" and not path.name.startswith(".tmp-")]
+        if names and not read_settings(self.logdir):
             raise UserError(f"--logdir {self.logdir}: holds {min(names)}, no run; use another")
         path = self.logdir / "lock"
         self.lock = filelock.FileLock(path)
@@ -1272,15 +1271,12 @@ class Run:
         """Continue the files of the run, and listen to signals."""
         config = dataclasses.asdict(self.config)
         if self.config.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--track: wandb is missing; pip install wandb") from error
+            wandb = require("wandb", "--track: wandb is missing; pip install wandb")
             wandb.init(project=self.config.wandb_project, name=self.logdir.name, id=self.run_id,
                        config=config, sync_tensorboard=True, resume="allow")
-        self.clean_metrics()
         settings = json.dumps({"run_id": self.run_id, **config}, indent=2)
         write_file(self.logdir / "config.json", io.BytesIO(settings.encode()), self.run_id)
+        self.clean_metrics()
         self.replay_dir.mkdir(parents=True, exist_ok=True)
         self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
         self.report_time = time.monotonic()
@@ -1312,7 +1308,7 @@ class Run:
         write_file(path, io.BytesIO("".join(lines).encode()), self.run_id)
 
     def on_signal(self, number: int, frame):
-        """Note the signal; a second one of its kind acts at once."""
+        """Note the signal; a second one of its kind ends the program without saving."""
         self.received_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
         if self.interruptible:
@@ -1352,9 +1348,9 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self.write_checkpoint(buffer)
-        listed = {f"{name}.npz" for name in self.replay.lengths_on_disk}
+        kept = {f"{name}.npz" for name in (*self.replay.lengths_on_disk, *self.replay.left_out)}
         for path in self.replay_dir.glob("[0-9]*.npz"):
-            if path.name not in listed:  # it left the replay, or a crash has left it
+            if path.name not in kept:  # it left the replay, or a crash has left it
                 path.unlink()
         self.last_save = self.step
 
@@ -1363,6 +1359,7 @@ class Run:
 
     def close(self):
         """Save and release everything, whatever has ended the loop."""
+        self.interruptible = False
         try:
             self.save()
             interrupted = self.received_signals or sys.exc_info()[0]
@@ -1407,7 +1404,7 @@ class Run:
         rate = (self.step - self.last_report) / seconds
         phase, end = "training", self.config.steps
         if self.step <= self.config.prefill:
-            phase, end = "random actions without training", self.config.prefill
+            phase, end = "random actions without training", min(self.config.prefill, end)
         hours = (end - self.step) / max(rate, 1e-9) / 3600
         return f"{phase}, {rate:.1f} steps/s, {hours:.2f} hours until step {end}"
 
@@ -1492,19 +1489,19 @@ def train(config: Config, agent: type = Director) -> int:
                 train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
             random_until = max(config.prefill, config.random)
             if run.step < random_until:
-                run.say(f"Training starts at step {config.prefill}, random actions end at step "
-                        f"{random_until}.")
+                run.say(f"Actions are random until step {random_until}, training starts at step "
+                        f"{config.prefill}.")
             if run.step >= config.steps:
                 run.say(f"Step {config.steps} was reached; for more, raise --steps.")
             while run.should_continue():
                 run.record(driver)  # what the last actions led to
 
                 # Learn. An error in here leaves parameters of different steps.
+                if config.prefill < run.step <= config.prefill + config.envs:
+                    run.say(f"step {run.step}: training starts")
+                    run.report_time, run.last_report = time.monotonic(), run.step
                 run.update_complete = False
                 if run.step > config.prefill:
-                    if run.step <= config.prefill + config.envs:
-                        run.say(f"step {run.step}: training starts")
-                        run.report_time, run.last_report = time.monotonic(), run.step
                     for _ in range(run.times_due(config.train_every)):
                         batch = run.replay.sample(config.batch_size, config.batch_length)
                         run.metrics.append(train_step(batch))
@@ -1559,7 +1556,7 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
                 if driver.film and len(scores) == 1:
                     draw_pictures(player, driver.film, replay.sample(6, 64),
                                   logdir / "pictures/eval")
-            elif driver.length[0] % 1000 == 0:
+            elif driver.length[0] % 1000 == 999:
                 print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
     result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
     write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
@@ -1568,8 +1565,8 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
 
 def main(argv: list[str] | None = None, agent: type = Director) -> int:
     """The command line; returns the exit code, which is 2 for a user's mistake."""
-    with contextlib.suppress(AttributeError):  # it is closed, or a notebook's
-        sys.stdout.reconfigure(errors="replace")  # of letters that it cannot show
+    with contextlib.suppress(AttributeError):  # without a terminal: None, or a notebook's
+        sys.stdout.reconfigure(errors="replace")  # letters that it cannot show
     try:
         flags = parse_args(argv, agent.Config)
         config = agent.Config(**flags)
@@ -1586,7 +1583,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     except OSError as error:  # a full disk, a missing permission, a closed pipe
         message = f"cannot write to {error.filename or 'stdout or --logdir'}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
-        if isinstance(error, RuntimeError) and not re.search("memory|Storage size", str(error)):
+        if not re.search("(allocate|enough|out of) memory|Storage size|MemoryError", repr(error)):
             raise
         message = "there is too little memory; try smaller networks (--size) or --replay_size"
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation

@@ -782,7 +782,7 @@ def test_replay_loads_what_it_saved_except_damaged_episodes(tmp_path, capsys):
     with pytest.raises(director.UserError, match="1 of 4 replay files are missing"):
         loaded.load(tmp_path, lengths, rows)
     loaded.load(tmp_path, lengths, rows, skip_missing=True)
-    assert list(loaded.episodes) == [3]
+    assert list(loaded.episodes) == [3] and loaded.left_out == {4, 5, 6}
     output = capsys.readouterr().out
     assert output.count("Continuing without") == 3
     assert "its state has the shape (10, 3)" in output
@@ -928,7 +928,7 @@ def test_environments_are_closed_also_after_an_error(fails, monkeypatch):
 def test_a_run_writes_metrics_and_a_checkpoint_that_the_same_command_resumes(tmp_path, capsys):
     flags = [*RUN, f"--logdir={tmp_path}"]
     assert director.main([*flags, "--steps=200"]) == 0
-    assert "random actions end at step 100" in capsys.readouterr().out
+    assert "Actions are random until step 100" in capsys.readouterr().out
     assert director.main([*flags, "--steps=300", "--learning_rate=1e-3"]) == 0
     assert ("Resumed at step 200. --steps is 300, was 200. --learning_rate is 0.001, was 0.0004.\n"
             in capsys.readouterr().out)
@@ -1355,10 +1355,25 @@ def test_files_of_another_run_in_the_folder_are_never_read_or_changed(tmp_path, 
     assert director.main([*flags, f"--logdir={tmp_path}/a", "--steps=150"]) == 0
     assert len(list((tmp_path / "a/replay").iterdir())) == 3
     (tmp_path / "checkpoint.pt").rename(tmp_path / "a/checkpoint.pt")
-    assert director.main([*flags, f"--logdir={tmp_path}/a", "--steps=200"]) == 0
-    assert "Resumed at step 150." in capsys.readouterr().out
+    assert director.main([*flags, f"--logdir={tmp_path}/a", "--steps=200"]) == 2
+    assert "is of another run than config.json" in capsys.readouterr().err
     assert all(path.read_bytes() == data for path, data in before.items() if path.exists())
     assert sum(path.exists() for path in before) == len(before)
+
+
+def test_replay_files_that_cannot_be_used_stay_on_disk(tmp_path, capsys):
+    flags = [*RUN, "--task=gym_CartPole-v1", f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=150"]) == 0
+    damaged = sorted(tmp_path.glob("replay/*/*.npz"))[:2]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-9])
+    assert director.main([*flags, "--steps=200"]) == 0
+    assert capsys.readouterr().out.count("Continuing without") == 2
+    assert all(path.exists() for path in damaged)
+    for path in tmp_path.glob("replay/*/*.npz"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert director.main([*flags, "--steps=250"]) == 2
+    assert "no replay file can be used" in capsys.readouterr().err
 
 
 def test_missing_replay_files_are_not_forgotten_unless_a_flag_says_so(tmp_path, capsys):
@@ -1600,6 +1615,21 @@ def test_a_run_saves_and_stops_on_each_signal_and_resumes(number, tmp_path, fail
     printed = capsys.readouterr().err
     assert f"Saved at step {resumes(tmp_path, *flags[:1])}; the same command resumes." in printed
     assert signal.signal(number, before) == signal.SIG_DFL  # the handler from before the run
+
+
+def test_a_signal_during_the_last_save_does_not_interrupt_it(tmp_path, fail_in_step, monkeypatch):
+    fail_in_step({120: "raise"})
+    before, save = signal.signal(signal.SIGTERM, signal.SIG_DFL), Replay.save
+
+    def interrupted(self, folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, folder)
+
+    monkeypatch.setattr(Replay, "save", interrupted)
+    with pytest.raises(ZeroDivisionError, match="unstable"):
+        director.main([*RUN, "--task=gym_Faulty-v0", f"--logdir={tmp_path}", "--steps=5000"])
+    signal.signal(signal.SIGTERM, before)
+    assert director.load(tmp_path).resumed_from["step"] > 100
 
 
 @pytest.mark.slow

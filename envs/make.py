@@ -77,16 +77,19 @@ def make_env(task: str, config, index: int = 0) -> gymnasium.Env:
 def import_module(name: str, logdir: str):
     """Import a module that registers environments, also from the current folder.
 
-    A module inside the folder of a run is refused: a run of someone else must not run code.
+    Modules and packages inside the folder of a run are refused: a run of someone else must not run
+    code.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if logdir:
         run = pathlib.Path(logdir).resolve()
         for folder in sys.path:
-            path = pathlib.Path(folder, *name.split(".")).resolve()
-            if run in path.parents and (path.is_dir() or path.with_suffix(".py").exists()):
-                raise ImportError(f"the module {name} is inside the run's folder {logdir}")
+            parent = pathlib.Path(folder).resolve()
+            for part in name.split("."):
+                if run in (parent, *parent.parents) and any(parent.glob(f"{part}*")):
+                    raise ImportError(f"the module {name} is inside the run's folder {logdir}")
+                parent = (parent / part).resolve()
     importlib.import_module(name)
 
 
@@ -110,3 +113,11 @@ def vector_envs(config, amount: int):
         processes = config.task.startswith("dmc_") or ":" in config.task
     makes = [functools.partial(make_env, config.task, config, index) for index in range(amount)]
     return side_by_side(makes, processes)
+
+
+def refuse_other_spaces(agent, obs_space: spaces.Dict, act_space: spaces.Space):
+    """UserError if a loaded agent was trained with other observations or actions."""
+    actions = (type(act_space), spaces.flatdim(act_space))
+    if (obs_space, actions) != (agent.obs_space, (type(agent.act_space), agent.sizes["action"])):
+        raise UserError(f"--logdir {agent.config.logdir}: holds a run in {agent.obs_space}, "
+                        f"{agent.act_space}, not {obs_space}, {act_space}; use another --logdir")

@@ -141,7 +141,8 @@ def space(*shape, dtype=np.uint8, high=255):
     (space(4, 84, 84), "channel-first"), (space(84, 84, 4), "RGBA"),
     (space(64, 64, 3, dtype=np.float32), "An image is uint8"),
     (spaces.Dict({"left": IMAGE, "right": IMAGE}), "several images, left, right"),
-    (space(2, 2, 2, 2), "up to three")])
+    (space(2, 2, 2, 2), "up to three"), (space(3, 32, 32), "channel-first"),
+    (space(32, 32, 4), "RGBA"), (space(32, 32, 3, dtype=np.float32), "An image is uint8")])
 def test_other_observations_are_refused_and_the_accepted_ones_named(observed, word):
     class Refused(Odd):
         observation_space = observed
@@ -149,6 +150,30 @@ def test_other_observations_are_refused_and_the_accepted_ones_named(observed, wo
     with pytest.raises(director.UserError) as error:
         make(Refused)
     assert word in str(error.value) and "Accepted are" in str(error.value)
+
+
+class ManyParts(Odd):
+    """Two cameras and a large array beside numbers; two names that differ in their nesting only."""
+
+    observation_space = spaces.Dict({
+        "left": IMAGE, "right": IMAGE, "a.b": VECTOR, "a": spaces.Dict({"b": VECTOR})})
+
+    def observe(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        return {"left": image, "right": image, "a.b": np.float32([1, 2]),
+                "a": {"b": np.float32([3, 4])}}
+
+
+def test_what_is_not_wanted_needs_no_wrapper():
+    env = make(ManyParts, obs="state")
+    assert env.reset()[0]["state"].tolist() == [3, 4, 1, 2]
+
+    class Depth(Nested):
+        observation_space = spaces.Dict({"image": IMAGE, "depth": space(65, 64, dtype=np.float32)})
+
+    make(Depth, obs="pixels")
+    with pytest.raises(director.UserError, match="as depth"):
+        make(Depth)
 
 
 class GrayFloats(Odd):
@@ -177,13 +202,28 @@ class OtherLength(Odd):
     observation_space = spaces.Box(0, 9, (3,), np.float32)
 
 
+class Overflows(Odd):
+    observation_space = spaces.Box(0, 255, (2,), np.uint8)
+
+    def observe(self):
+        return np.array([1, 300])
+
+
+class NoClass(Odd):
+    observation_space = spaces.Discrete(4)
+
+    def observe(self):
+        return -1
+
+
 @pytest.mark.parametrize(("env_class", "words"), [
     (GrayFloats, ["observation as float32 (84, 84)", "uint8 (84, 84)"]),
     (ShowsList, ["int64 (84, 84)", "uint8"]), (OtherSize, ["(84, 80)", "(84, 84)"]),
-    (FloatsForIntegers, ["float32 (2,)", "int64 (2,)"]), (OtherLength, ["(2,)", "(3,)"])])
+    (FloatsForIntegers, ["float32 (2,)", "int64 (2,)"]), (OtherLength, ["(2,)", "(3,)"]),
+    (Overflows, ["int64 (2,)", "uint8"]), (NoClass, ["-1", "Discrete(4)"])])
 def test_observations_that_differ_from_their_space_are_errors_that_name_both(env_class, words):
     env = make(env_class)
-    with pytest.raises(TypeError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         env.reset()
     assert all(word in str(error.value) for word in words)
 
@@ -203,6 +243,17 @@ def test_a_locked_actuator_gets_its_only_value():
     for action, expected in (([-1, -1], [-4, 2]), ([1, 1], [0, 2]), ([0.5, 0], [-1, 2])):
         env.step(np.float32(action))
         np.testing.assert_allclose(env.unwrapped.action, expected)
+
+
+class Unlimited(Odd):
+    action_space = spaces.Box(*np.float32([[-3.4e38], [3.4e38]]))
+
+
+def test_the_widest_bounds_do_not_overflow():
+    env = make(Unlimited)
+    env.reset()
+    env.step(np.float32([0.5]))
+    np.testing.assert_allclose(env.unwrapped.action, 1.7e38, rtol=1e-6)
 
 
 class Wheels(Odd):
@@ -282,6 +333,16 @@ class OldReset(Odd):
 class Exits(Odd):
     def step(self, action):
         sys.exit(0)
+
+
+class NoLevel(Odd):
+    def __init__(self):
+        open("/no/level")  # noqa: SIM115
+
+
+class NoAnswer(Odd):
+    def step(self, action):
+        raise TimeoutError("the simulator did not answer")
 
 
 @pytest.mark.parametrize("env_class", [OldStep, OldReset])
@@ -463,24 +524,32 @@ def test_the_error_or_death_of_an_environment_in_a_process_is_named(task, words,
     assert all(word in error.strip().splitlines()[-1] for word in words), error
 
 
-def test_an_environment_that_exits_the_program_is_an_error(module, capfd):
-    gymnasium.registry.pop("Exits-v0", None)
-    gymnasium.register("Exits-v0", Exits)
-    with pytest.raises(RuntimeError, match=r"called sys.exit"):
-        director.main([*RUN, "--task=gym_Exits-v0", f"--logdir={module}/run"])
+@pytest.mark.parametrize(("env_class", "words"), [
+    (Exits, "called sys.exit"), (NoLevel, "No such file or directory: '/no/level'"),
+    (NoAnswer, "the simulator did not answer")])
+def test_exits_and_system_errors_of_environments_are_errors_of_environments(
+        env_class, words, tmp_path):
+    task = f"{env_class.__name__}-v0"
+    gymnasium.registry.pop(task, None)
+    gymnasium.register(task, env_class)
+    with pytest.raises(RuntimeError, match=words):
+        director.main([*RUN, f"--task=gym_{task}", f"--logdir={tmp_path}/run"])
 
 
 def test_a_module_inside_the_folder_of_a_run_is_not_imported(module, capsys):
     flags = [*RUN, "--task=gym_odd_module:GlobalRandom-v0", "--processes=no", "--steps=120"]
     assert director.main([*flags, f"--logdir={module}/run"]) == 0
     marker = module / "executed"
-    (module / "odd_module.py").rename(module / "run/odd_module.py")
-    with open(module / "run/odd_module.py", "a") as file:
-        file.write(f"\nopen({str(marker)!r}, 'w')\n")
+    (module / "odd_module.py").unlink()
     sys.modules.pop("odd_module")
-    sys.path.insert(0, str(module / "run"))
-    assert director.main([f"--logdir={module}/run", "--eval=1"]) == 2
-    assert "inside the run's folder" in capsys.readouterr().err and not marker.exists()
+    for name in ("odd_module.py", "odd_module.pyc", "odd_module/__init__.py"):
+        path = module / "run" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"open({str(marker)!r}, 'w')\n")
+        os.chdir(module / "run")
+        assert director.main([f"--logdir={module}/run", "--eval=1"]) == 2
+        assert "inside the run's folder" in capsys.readouterr().err and not marker.exists()
+        path.unlink()
 
 
 def run_script_without_guard(folder):

@@ -54,7 +54,8 @@ def side_by_side(makes: list[Callable], processes: bool):
                               context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP)
         yield envs
     finally:
-        close_processes(envs, set(multiprocessing.active_children()) - others)
+        with ignored_signals():  # it takes CLOSE_SECONDS at most
+            close_processes(envs, set(multiprocessing.active_children()) - others)
 
 
 def start_fork_server():
@@ -64,20 +65,29 @@ def start_fork_server():
     ignores signals: those to the whole group are handled by this process alone.
     """
     multiprocessing.set_forkserver_preload(["__main__", "director"])
-    with contextlib.suppress(ValueError):  # only the main thread can set handlers
+    with ignored_signals():
+        multiprocessing.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def ignored_signals():
+    """Ignore SIGNALS inside the block; only the main thread can do that."""
+    try:
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-        try:
-            multiprocessing.forkserver.ensure_running()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    except ValueError:
+        handlers = {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def make_in_group(make: Callable) -> gymnasium.Env:
     """Make an environment; if this process is its own, in a process group of its own.
 
-    So a terminal's Ctrl-C reaches only the main process, which ends the group, and with it whatever
-    the environment has started. That does not inherit ignored signals.
+    So a terminal's Ctrl-C reaches only the main process. At the end, that kills the group with all
+    that the environment has started, which begins with the default handling of signals.
     """
     if multiprocessing.parent_process() is not None:
         for number in SIGNALS:
@@ -103,12 +113,16 @@ def close_processes(envs: gymnasium.vector.AsyncVectorEnv | None, processes: set
         process.join()
 
 
+class Expired(BaseException):
+    """Not an Exception, so that no environment handles it."""
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float):
     """Leave the block after so many seconds, with a line on stderr; POSIX, main thread only."""
 
     def expire(number, frame):
-        raise TimeoutError
+        raise Expired
 
     try:
         handler = signal.signal(signal.SIGALRM, expire)
@@ -118,7 +132,7 @@ def time_limit(seconds: float):
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
-    except TimeoutError:
+    except Expired:
         print(f"The environments did not close within {seconds} seconds.", file=sys.stderr)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -183,7 +197,7 @@ class Driver:
         except (EOFError, ConnectionError) as error:
             for index, process in enumerate(getattr(self.envs, "processes", [])):
                 process.join(1)
-                if process.exitcode:
+                if process.exitcode is not None:
                     code = process.exitcode
                     cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     raise RuntimeError(

@@ -1,7 +1,7 @@
 """What Director observes of a Gymnasium environment, and how it acts in it.
 
-`image_and_state` and `scale_actions` are applied to every environment. `combine_actions` is for
-environments with several discrete actions at once; it is used in a module of your own:
+`image_and_state` is applied to every environment, `scale_actions` to those with continuous actions.
+`combine_actions` is for environments with several discrete actions at once, in a module of yours:
 
     gymnasium.register("Wheels-v1", lambda: combine_actions(gymnasium.make("Wheels-v0")))
 """
@@ -40,77 +40,101 @@ def image_and_state(env: gymnasium.Env, wanted: str, quiet: bool = True) -> gymn
     wanted: "pixels", "state", "both", or "auto" for what there is. Raises gymnasium.error.Error if
     the environment does not observe that.
     """
-    leaves = split(env.observation_space)
-    kinds = {name: kind_of(name, leaf) for name, leaf in leaves.items()}
-    images = [name for name, kind in kinds.items() if kind == "image"]
-    numbers = [name for name, kind in kinds.items() if kind == "numbers"]
-    others = [name for name, kind in kinds.items() if kind == "other"]
+    leaves = dict(leaf_spaces(env.observation_space))
+    kinds = {path: kind_of(leaf) for path, leaf in leaves.items()}
+    images = [path for path, kind in kinds.items() if kind == "image"]
+    numbers = [path for path, kind in kinds.items() if kind in ("numbers", "refused")]
+    others = [path for path, kind in kinds.items() if kind == "other"]
     if others and not quiet:
-        print(f"Not observed, as it is neither image nor numbers: {', '.join(others)}", flush=True)
-    if len(images) > 1:
-        raise gymnasium.error.Error(f"observes several images, {', '.join(images)}. {ACCEPTED}.")
+        print("Not observed, as it is neither image nor numbers: "
+              f"{', '.join(map(name_of, others))}", flush=True)
     available = ["image"] * bool(images) + ["state"] * bool(numbers)
+    if not available:
+        raise gymnasium.error.Error(f"observes {env.observation_space}. {ACCEPTED}.")
     choices = {"auto": available, "pixels": ["image"], "state": ["state"],
                "both": ["image", "state"]}
     keys = choices[wanted]
-    if not available:
-        raise gymnasium.error.Error(f"observes {env.observation_space}. {ACCEPTED}.")
     if not set(keys) <= set(available):
         raise gymnasium.error.Error(f"--obs {wanted}: it shows {' and '.join(available)} only")
+    if "image" in keys and len(images) > 1:
+        names = ", ".join(map(name_of, images))
+        raise gymnasium.error.Error(f"observes several images, {names}. {ACCEPTED}.")
+    for path in numbers:
+        if "state" in keys and kinds[path] == "refused":
+            raise gymnasium.error.Error(f"observes {leaves[path]} as {name_of(path)}. {ACCEPTED}.")
 
     def convert(obs) -> dict[str, np.ndarray]:
-        values = split(env.observation_space, obs)
         out = {}
         if "state" in keys:
-            parts = [flatten(name, leaves[name], values[name]) for name in numbers]
+            parts = [flatten(name_of(path), leaves[path], value_at(path, obs)) for path in numbers]
             out["state"] = np.float32(np.concatenate(parts))
         if "image" in keys:
-            out["image"] = resize(images[0], leaves[images[0]], values[images[0]])
+            path = images[0]
+            out["image"] = resize(name_of(path), leaves[path], value_at(path, obs))
         return out
 
-    size = sum(spaces.flatdim(leaves[name]) for name in numbers)
+    size = sum(spaces.flatdim(leaves[path]) for path in numbers)
     vector = spaces.Box(-np.inf, np.inf, (size,))
     converted = spaces.Dict({key: IMAGE if key == "image" else vector for key in keys})
     return gymnasium.wrappers.TransformObservation(env, convert, converted)
 
 
-def split(space: spaces.Space, obs=None, name: str = "") -> dict:
-    """The leaves of a nested space, or of an observation of it: {"sensors.camera": leaf}."""
+def leaf_spaces(space: spaces.Space, path: tuple = ()):
+    """The leaves of a nested space: pairs of a path, such as ("sensors", "camera"), and a space."""
     if isinstance(space, spaces.Dict):
-        parts = space.spaces
+        for key, part in space.spaces.items():
+            yield from leaf_spaces(part, (*path, key))
     elif isinstance(space, spaces.Tuple):
-        parts = dict(enumerate(space.spaces))
+        for index, part in enumerate(space.spaces):
+            yield from leaf_spaces(part, (*path, index))
     else:
-        return {name or "observation": space if obs is None else obs}
-    leaves = {}
-    for key, part in parts.items():
-        value = None if obs is None else obs[key]
-        leaves |= split(part, value, f"{name}.{key}".lstrip("."))
-    return leaves
+        yield path, space
 
 
-def kind_of(name: str, leaf: spaces.Space) -> str:
-    """ "image", "numbers" or "other"; gymnasium.error.Error for arrays that are none of these."""
+def value_at(path: tuple, obs):
+    """The part of a nested observation at the path of a leaf."""
+    for key in path:
+        obs = obs[key]
+    return obs
+
+
+def name_of(path: tuple) -> str:
+    return ".".join(map(str, path)) or "observation"
+
+
+def kind_of(leaf: spaces.Space) -> str:
+    """ "image", "numbers", "other", or "refused" for arrays that are too large or like an image."""
     if isinstance(leaf, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return "numbers"
     if not isinstance(leaf, spaces.Box):
         return "other"
     shape = leaf.shape
+    if len(shape) <= 1:
+        return "numbers"
     picture = len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,))
     if leaf.dtype == np.uint8 and picture and min(shape[:2]) >= LEAST_SIDE:
         return "image"
-    if len(shape) <= 1 or (len(shape) <= 3 and math.prod(shape) <= MOST_NUMBERS):
-        return "numbers"
-    raise gymnasium.error.Error(f"observes {leaf} as {name}. {ACCEPTED}.")
+    sides = sorted(shape)
+    like_picture = len(shape) == 3 and sides[0] <= 4 and sides[1] >= LEAST_SIDE
+    if len(shape) > 3 or math.prod(shape) > MOST_NUMBERS or like_picture:
+        return "refused"
+    return "numbers"
 
 
 def flatten(name: str, leaf: spaces.Space, value) -> np.ndarray:
     """The numbers of a leaf, [n]; discrete ones as one-hot vectors."""
     if isinstance(leaf, spaces.Box):
         array = np.asarray(value)
-        rounds = array.dtype.kind == "f" and leaf.dtype.kind != "f"
-        if array.shape != leaf.shape or rounds:
+        accepted = "biuf" if leaf.dtype.kind == "f" else "biu"  # floats would be rounded
+        if array.shape != leaf.shape or array.dtype.kind not in accepted:
             raise mismatch(name, leaf, array)
+        converted = array.astype(leaf.dtype)
+        if leaf.dtype.kind != "f" and (array != converted).any():  # too large for it
+            raise mismatch(name, leaf, array)
+        return converted.ravel()
+    value = np.asarray(value, leaf.dtype) if np.shape(value) else leaf.dtype.type(value)
+    if not leaf.contains(value):
+        raise ValueError(f"the environment returned {name} as {value}, which is not in {leaf}")
     return spaces.flatten(leaf, value)
 
 
@@ -119,7 +143,7 @@ def resize(name: str, leaf: spaces.Box, value) -> np.ndarray:
     image = np.asarray(value)
     if image.shape != leaf.shape or image.dtype != leaf.dtype:
         raise mismatch(name, leaf, image)
-    high = int(leaf.high.max())
+    high = max(1, int(leaf.high.max()))
     if high != 255:
         image = np.uint8(image * (255 / high))
     image = image[:, :, 0] if image.shape[2:] == (1,) else image
@@ -138,11 +162,12 @@ def mismatch(name: str, leaf: spaces.Box, array: np.ndarray) -> TypeError:
 
 def scale_actions(env: gymnasium.Env) -> gymnasium.Env:
     """Continuous actions in [-1, 1]; an actuator whose bounds are equal gets its only value."""
-    low, high = env.action_space.low, env.action_space.high
-    center, half = (high + low) / 2, (high - low) / 2
-    space = spaces.Box(-1, 1, low.shape, low.dtype)
+    dtype = env.action_space.dtype
+    low, high = np.float64(env.action_space.low), np.float64(env.action_space.high)
+    center, half = high / 2 + low / 2, high / 2 - low / 2
+    space = spaces.Box(-1, 1, low.shape, dtype)
     return gymnasium.wrappers.TransformAction(
-        env, lambda action: (center + half * action).astype(low.dtype), space)
+        env, lambda action: (center + half * action).astype(dtype), space)
 
 
 def combine_actions(env: gymnasium.Env) -> gymnasium.Env:
@@ -213,11 +238,13 @@ class Checked(gymnasium.Wrapper, RecordConstructorArgs):
 
 @contextlib.contextmanager
 def explained_errors():
-    """Errors inside: a note where they look like the old Gym API; SystemExit becomes an error."""
+    """Errors of environments that would be taken for something else, and the old Gym API."""
     try:
         yield
     except SystemExit as error:
         raise RuntimeError("the environment called sys.exit") from error
+    except OSError as error:
+        raise RuntimeError(f"the environment failed: {error}") from error
     except (TypeError, ValueError) as error:
         if "to unpack" in str(error) or "unexpected keyword argument" in str(error):
             error.add_note(
