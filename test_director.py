@@ -14,7 +14,6 @@ import resource
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import types
 
@@ -1750,10 +1749,10 @@ def test_director_learns_to_stay_in_the_far_corner_of_a_grid(background):
 
 
 def readme_program(word: str) -> str:
-    """The program in README.md, indented by four spaces, in which this word occurs."""
-    blocks = re.findall(r"(?:^(?:    .*)?\n)+", (HERE / "README.md").read_text(), re.M)
-    program, = [block for block in blocks if word in block and "import " in block]
-    return textwrap.dedent(program).strip() + "\n"
+    """The Python program in README.md in which this word occurs."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    program, = [block for block in blocks if word in block]
+    return program
 
 
 @pytest.fixture
@@ -1766,9 +1765,10 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_environment_in_the_readme_runs_as_printed(elsewhere, capsys):
-    *module, command = readme_program("class Switches").strip().split("\n")
-    (elsewhere / "my_envs.py").write_text("\n".join(module))
-    flags = command.removeprefix("python director.py ").split()
+    (elsewhere / "my_envs.py").write_text(readme_program("class Switches"))
+    command, = re.findall(r"^    python director.py (.*Switches-v0)$",
+                          (HERE / "README.md").read_text(), re.M)
+    flags = command.split()
     done = subprocess.run([*PROGRAM, *RUN, *flags, "--steps=300", "--logdir=run"], check=False,
                           cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -1785,7 +1785,7 @@ def test_the_loop_in_the_readme_runs_as_printed(elsewhere):
     result = {}
     exec(readme_program("director.load"), result)
     assert result["action"].shape == (2, 5) and set(result["choice"]) <= set(range(5))
-    assert result["state"]["count"].tolist() == [1, 1]
+    assert result["state"]["count"].tolist() == [2, 1]
 
 
 @pytest.mark.slow
