@@ -87,11 +87,12 @@ class OptionCritic(director.ActorCritic):
         beta = traj["beta"][1:]
         state = feat[..., : -config.options]
         value, mean_value = self.values(state, pick)  # Q [H+1, N, W], V [H+1, N]
-        self.gapnorm(value - mean_value[..., None])  # updates its statistics
         value_acting = (value[:-1] * option).sum(-1)  # Q(s, w), [H, N]
         value_staying = (value[1:] * option).sum(-1)  # Q(s', w), [H, N]
         value_arriving = value_staying + beta * (mean_value[1:] - value_staying)  # U(s', w)
         # The entropy of a pick is a reward, so that sampled parts of a return include it, too.
+        # Its unit is that of earlier gradient steps, so that all calls in one step agree; before
+        # the first step there is none, and the weight is 0.
         weight = config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
         discount = config.discount * traj["cont"][1:]
         entropy = torch.special.entr(pick[1:]).sum(-1)
@@ -110,7 +111,7 @@ class OptionCritic(director.ActorCritic):
             pick = self.pick(state)
             end = (self.end(state[1:]).sigmoid() * option).sum(-1)  # beta, [H, N]
             value, mean_value = self.values(state, traj["pick"])
-        gap = self.gapnorm(value - mean_value[..., None], update=False)  # Q - V, [H+1, N, W]
+        gap = self.gapnorm(value - mean_value[..., None])  # Q - V, [H+1, N, W]
         entropy = config.option_entropy * pick.entropy()  # [H+1, N]
         bracket = (gap[1:] * option).sum(-1) - entropy[1:].detach() + config.option_cost
         end_loss = (end * bracket * weight[1:]).mean()
