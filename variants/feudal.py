@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import director
-from variants import same_episode
+from variants import reward_at_end, same_episode
 
 
 class UnitMLP(director.MLP):
@@ -99,11 +99,15 @@ class Agent(director.Director):
         return torch.stack(rewards)
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
-        """How new the direction is in which the state moved during a goal, [H, N]."""
+        """How new the direction is in which the state moved during a goal, [H, N].
+
+        It is 0 in other steps than a goal's last, and K-fold there, since the manager's reward is
+        the mean of K steps.
+        """
         k = self.config.goal_duration
         ends = traj["deter"][::k]  # [H/K+1, N, D]
         novelty = self.goals.novelty(F.normalize(ends[1:] - ends[:-1], dim=-1))  # [H/K, N]
-        return novelty.repeat_interleave(k, 0)  # the manager's reward is the mean over K steps
+        return reward_at_end(novelty, k)
 
     def picture_goal(self, goal: Tensor) -> None:
         """A direction has no picture."""

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import director
+from variants import reward_at_end
 
 
 @dataclasses.dataclass
@@ -94,10 +95,14 @@ class Agent(director.Director):
         return self.top_goals.novelty(traj["deter"][1:])
 
     def reward_reach(self, traj: dict[str, Tensor]) -> Tensor:
-        """How close the state at the end of a middle goal is to the top's goal, [H, N]."""
+        """How close the states at the ends of middle goals are to the top's goal, [H, N].
+
+        It is 0 in other steps, and K-fold there, since the middle level's reward is the mean of K
+        steps.
+        """
         k = self.config.goal_duration
         reward = director.max_cosine(traj["top_goal"][:-k:k], traj["deter"][k::k])  # [H/K, N]
-        return reward.repeat_interleave(k, 0)  # the middle's reward is the mean over K steps
+        return reward_at_end(reward, k)
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The middle acts every K steps and learns one trajectory for each goal of the top."""
@@ -127,11 +132,12 @@ class Agent(director.Director):
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
         """Also the top's goal reward at the end of its goals, and the same with exchanged goals."""
         metrics = super().train_imagined(traj)
-        duration = self.config.goal_duration * self.config.top_duration
+        k = self.config.goal_duration
+        duration = k * self.config.top_duration
         shift = traj["top_goal"].shape[1] // 2
         other = self.reward_reach({**traj, "top_goal": traj["top_goal"].roll(shift, 1)})
-        metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean()
-        metrics["reach_other"] = other[duration - 1 :: duration].mean()
+        metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean() / k
+        metrics["reach_other"] = other[duration - 1 :: duration].mean() / k
         return metrics
 
 
