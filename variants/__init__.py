@@ -1,7 +1,18 @@
 """Ideas of other papers, each as one change of director.py. Here: what several of them share."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
+
+from envs import UserError
+
+
+def refuse(config, names: tuple, reason: str):
+    """UserError if a flag that an agent does not read was changed from its default."""
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name} has no effect here: {reason}")
 
 
 def same_episode(is_first: Tensor, k: int) -> Tensor:

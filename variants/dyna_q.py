@@ -8,8 +8,8 @@ Idea: Dyna learns action values from each real step, learns a model from the sam
 plans: from states it has visited it makes single steps in the model, and learns from them in the
 same way.
 
-What changes: there are no goals, no manager and no actor, and their flags have no effect. A network
-Q(s, a) of the latent state s (`deter` and `stoch`) learns
+What changes: there are no goals, no manager and no actor; `--horizon`, `--goal_duration` and
+`--lam` have no effect. A network Q(s, a) of the latent state s (`deter` and `stoch`) learns
 
     Q(s, a) <- r + discount * cont * max over a' of Q'(s', a'),
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 @dataclasses.dataclass
@@ -42,6 +42,8 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes")
+        refuse(self, unread, "there are no goals")
         if self.batch_length < 2:
             raise director.UserError("--batch_length: has to be more than 1")
 

@@ -59,12 +59,13 @@ class Directions(director.GoalAutoencoder):
 
 @dataclasses.dataclass
 class Config(director.Config):
+    agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
     feudal_reward: str = director.flag("cosine", "dot: progress along the goal, not its cosine",
                                        ("cosine", "dot"), group="feudal")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.agent == "director" and self.batch_length <= self.goal_duration:
+        if self.batch_length <= self.goal_duration:
             raise director.UserError("--batch_length: has to be more than --goal_duration")
 
 
@@ -74,8 +75,6 @@ class Agent(director.Director):
     Config, Goals = Config, Directions
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.manager:
-            return {}
         k = self.config.goal_duration
         deter = states["deter"]
         direction = F.normalize(deter[:, k:] - deter[:, :-k], dim=-1)  # [B, T-K, D]

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 class Codes(nn.Module):
@@ -84,6 +84,7 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse(self, ("skill_groups", "skill_classes"), "--latent is the size of a goal")
         if self.batch_length <= self.goal_duration:
             raise director.UserError("--batch_length: has to be more than --goal_duration")
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 def later_states(deter: Tensor, is_first: Tensor, amount: int) -> Tensor:
@@ -89,11 +89,14 @@ class Worker(nn.Module):
 class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
     batch_length: int = director.flag(None, "steps in a replay chunk", low=2)
-    worker_extr: float = director.flag(0.0, "0: only goals are rewarded", low=0, high=0)
     her: int = director.flag(4, "later states as goals of each step", low=0, group="hindsight")
     reached: float = director.flag(0.95, "max-cosine at which a goal is reached", low=0, high=1)
     noise: float = director.flag(0.2, "fraction of random actions, or their standard deviation",
                                  low=0, high=0.999)
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse(self, ("worker_extr",), "the worker is rewarded for goals only")
 
 
 class Agent(director.Director):

@@ -25,8 +25,8 @@ bootstrap from the value of arriving in s' with option w (eq. 3),
 
 What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
 is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
-Harb et al., 2018). Gradients of continuous actions do not flow through ends and picks. Flags for
-goals have no effect, but `--horizon` has to be a multiple of `--goal_duration`.
+Harb et al., 2018). Gradients of continuous actions do not flow through ends and picks. There
+are no goals, but `--horizon` still has to be a multiple of `--goal_duration`.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 import director
+from variants import refuse
 
 
 @dataclasses.dataclass
@@ -46,6 +47,11 @@ class Config(director.Config):
     options: int = director.flag(4, "number of options", group="options", fixed=True)
     option_entropy: float = director.flag(1.0, "weight of the entropy of picks", low=0)
     option_cost: float = director.flag(1.4, "cost of ending an option", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes")
+        refuse(self, unread, "there are no goals")
 
 
 class OptionCritic(director.ActorCritic):
