@@ -28,6 +28,7 @@ import dataclasses
 import sys
 
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
 import director
@@ -67,6 +68,20 @@ class QNetwork(nn.Module):
         return director.OneHot(1e9 * best, unimix=self.epsilon)
 
 
+def check_actions(config: Config, act_space: spaces.Space):
+    if not isinstance(act_space, spaces.Discrete):
+        raise director.UserError(f"--task {config.task}: dyna_q needs discrete actions")
+
+
+class Run(director.Run):
+    """Refuses a task before it makes a folder."""
+
+    def __init__(self, config: Config, agent: type, obs_space: spaces.Dict,
+                 act_space: spaces.Space):
+        check_actions(config, act_space)
+        super().__init__(config, agent, obs_space, act_space)
+
+
 class Agent(director.Director):
     """A flat agent that learns action values from replayed and from imagined transitions.
 
@@ -74,11 +89,10 @@ class Agent(director.Director):
     cont, weight.
     """
 
-    Config = Config
+    Config, Run = Config, Run
 
     def build(self, action: tuple):
-        if not self.discrete:
-            raise director.UserError(f"--task {self.config.task}: dyna_q needs discrete actions")
+        check_actions(self.config, self.act_space)
         feat = self.sizes["deter"] + self.sizes["stoch"]
         self.worker = QNetwork(feat, action[0], self.config)
         self.optimizers["q"] = director.Optimizer(self.worker.q, self.config)
