@@ -26,6 +26,10 @@ What is left out:
   well. Here the manager chooses among discrete codes by REINFORCE, as in Director.
 - FuN pools the goals of the last c steps, embeds them linearly, and has one goal for each of the c
   moves in eq. 8. Here a goal lasts for K steps, and the worker reads it as it is.
+- FuN's manager is a dilated LSTM, whose memory has several parts, of which one changes in a step.
+  Here memory is the world model's, and the manager reads the present state every K steps.
+- FuN's levels have separate discounts. Here `--discount` is that of the worker for each step, and
+  that of the manager for each decision.
 - FuN's worker is recurrent and also receives the task reward. Here it reads only the present state
   and the goal, and receives no task reward (but see `--worker_extr`).
 """

@@ -16,6 +16,8 @@ What changes:
 - The top level sets a goal every K * `--top_duration` steps. It alone is rewarded for the task and
   for novelty, since in HAC, too, a lower level knows only its goal.
 - Each of these two levels has its own goal autoencoder. Both learn all replayed states.
+- All levels have one `--discount`, for each decision of the level, so that the top level looks
+  K * `--top_duration` times as far ahead as the worker.
 - With `--hindsight 1` a level learns as if it had picked the code to which its autoencoder encodes
   the state that was reached; with a smaller number, in that fraction of trajectories. HAC's DDPG is
   off-policy and may do that. REINFORCE is on-policy, and nothing corrects for it: in experiments

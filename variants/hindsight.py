@@ -12,7 +12,7 @@ brought (Algorithm 1; strategy "future" of Section 4.5).
 What changes: the worker, since relabelled experience is off-policy. From replayed transitions s, a,
 s' it learns Q(s, g, a) by squared error towards
 
-    r + (1 - r) (1 - 1/K) cont max over a' of Q_slow(s', g, a')
+    r + (1 - r) (1 - 1/K) cont clip(max over a' of Q_slow(s', g, a'), 0, 1)
 
 with r = 1 if max_cosine(g, s') > `--reached`, else 0, and cont = 0 if s' is terminal, else 1. A
 goal ends when it is reached, and with probability 1/K in each step, since Q does not know how long
@@ -21,8 +21,9 @@ Gaussian noise; the actor maximises Q_slow (in DDPG, Q). A transition's own goal
 manager would set in s now: goals that it set earlier were states of an older world model. The
 manager learns in imagination, as before.
 
-What is left out: HER's rewards are -1 and 0, which is the same up to scale and offset. HER also
-normalises inputs, penalises large actions, and mixes Gaussian with uniform noise.
+What is left out: HER's rewards are -1 and 0, which is the same up to scale and offset; it clips the
+whole target to the values that are possible then, -1 / (1 - discount) to 0. HER also normalises
+inputs, penalises large actions, and mixes Gaussian with uniform noise.
 """
 
 import copy

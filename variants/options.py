@@ -25,8 +25,10 @@ bootstrap from the value of arriving in s' with option w (eq. 3),
 
 What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
 is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
-Harb et al., 2018). Gradients of continuous actions do not flow through ends and picks. There
-are no goals, but `--horizon` still has to be a multiple of `--goal_duration`.
+Harb et al., 2018). Soft versions of option-critic also add the entropy of actions to Q; here it is
+Director's bonus in the actor's loss, and no value includes it. Gradients of continuous actions do
+not flow through ends and picks. There are no goals, but `--horizon` still has to be a multiple of
+`--goal_duration`.
 """
 
 import dataclasses
