@@ -143,11 +143,11 @@ class Agent(director.Director):
         after = torch.cat([state[:, :, 1:], goal], -1).flatten(1, 2)
         action = states["action"][:, 1:].flatten(0, 1).expand(len(goal), -1, -1)
         reached = director.max_cosine(goal, deter[:, 1:]) > config.reached
-        reward = reached.float().flatten(1)
+        r = reached.float().flatten(1)
         cont = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
 
-        future = slow.value(after, slow.best(after)).clamp(0, 1)
-        target = reward + (1 - reward) * cont * future
+        max_q = slow.value(after, slow.best(after))
+        target = r + (1 - r) * cont * max_q.clamp(0, 1)
         loss = (worker.value(before, action) - target) ** 2
         if not self.discrete:
             loss = loss - slow.value(before, worker.best(before))  # trains the actor alone
