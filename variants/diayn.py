@@ -121,9 +121,10 @@ class Agent(director.Director):
         state = traj["deter"][1:, :uniform].detach()
         with director.autocast(self.config):
             log_q = self.goals(state)  # [H, N, skills]
-        # States count by the probability that the episode has not ended before them.
-        alive = director.trajectory_weights(traj["cont"].detach(), 1.0)[1:, :uniform]
-        loss = -((log_q * skill).sum(-1) * alive).mean()
+        # States count by the probability of arriving in them. Ends count, too, since the worker is
+        # rewarded for them.
+        arrival = director.trajectory_weights(traj["cont"].detach(), 1.0)[:-1, :uniform]
+        loss = -((log_q * skill).sum(-1) * arrival).mean()
         metrics["skill_loss"] = loss
         metrics["skill_right"] = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()
         metrics["skill_grad_norm"] = self.optimizers["goals"].minimize(loss)
