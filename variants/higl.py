@@ -19,8 +19,9 @@ What changes:
   distinguishes whatever differs between trajectories. Since `deter` remembers the past, two visits
   to one place get distant codes, and distances tell less about time (see README.md).
 - The manager's action is a sample of a Gaussian, trained by REINFORCE, and z is this sample clipped
-  to [-1, 1], since no code can be elsewhere. Its mean is in (-1, 1), so it can choose any code. Its
-  exploration reward is the distance of E(s) to the nearest code of the last 1,024 replayed states.
+  to [-1, 1], since no code can be elsewhere. The mean is in (-1, 1), so that it can be any code.
+  The manager's exploration reward is the distance of E(s) to the nearest code of the last 1,024
+  replayed states.
 
 What is left out: CPC's recurrent context, and its bilinear score, whose scale is not tied to a
 distance. HIGL's landmarks (states that are far apart or new, and a graph for planning over them)
