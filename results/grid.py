@@ -52,9 +52,11 @@ from variants import (
 
 FLAGS = [
     "--task=gym_envs.grid:Grid-v0", "--device=cpu", "--precision=float32", "--size=xs",
-    "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4", "--skill_groups=4",
-    "--skill_classes=4", "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3",
-    "--prefill=1000", "--train_every=8", "--kl_target=3.5", "--standardize=no"]
+    "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
+    "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3", "--prefill=1000",
+    "--train_every=8", "--kl_target=3.5", "--standardize=no"]
+CODES = ["--skill_groups=4", "--skill_classes=4"]  # of agents that have Director's codes
+WITHOUT_CODES = (higl.Agent, diayn.Agent, options.Agent, dyna_q.Agent)
 PREFILL, TRAIN_EVERY = 1000, 8  # as in FLAGS
 BATCHES, BATCH, LENGTH = 8, 8, 32  # measurements are means over 8 replay batches of 8x32 steps
 
@@ -180,10 +182,15 @@ LOGGED = (  # metrics of a run that go into its row, the first and the last of t
 # ---- Runs, replays and states ---------------------------------------------------------------
 
 
+def grid_flags(agent: type) -> list[str]:
+    return FLAGS if issubclass(agent, WITHOUT_CODES) else FLAGS + CODES
+
+
 def train(folder: pathlib.Path, agent: type, flags: list[str]):
     """Train an agent in folder/run, with what it prints in folder/out.txt."""
+    flags = [*grid_flags(agent), f"--logdir={folder}/run", *flags]
     with open(folder / "out.txt", "a") as file, contextlib.redirect_stdout(file):
-        code = director.main([*FLAGS, f"--logdir={folder}/run", *flags], agent)
+        code = director.main(flags, agent)
     if code != 0:
         raise RuntimeError(f"training ended with code {code}: {(folder / 'out.txt').read_text()}")
 
@@ -488,7 +495,8 @@ def add_walks(replay: director.Replay, half: int, amount: int, seed: int):
 
 def make_agent(agent_class: type, flags: list[str], seed: int) -> Director:
     """An untrained agent for the grid."""
-    config = agent_class.Config(**director.parse_args([*FLAGS, *flags], agent_class.Config))
+    flags = director.parse_args([*grid_flags(agent_class), *flags], agent_class.Config)
+    config = agent_class.Config(**flags)
     torch.manual_seed(seed)
     obs_space = spaces.Dict({"state": Grid.observation_space})
     return agent_class(obs_space, Grid.action_space, config)

@@ -1,6 +1,18 @@
 """Ideas of other papers, each as one change of director.py. Here: what several of them share."""
 
+import dataclasses
+
+import torch
 from torch import Tensor
+
+from envs import UserError
+
+
+def refuse(config, names: tuple, reason: str):
+    """UserError if a flag that an agent does not read was changed from its default."""
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name} has no effect here: {reason}")
 
 
 def same_episode(is_first: Tensor, k: int) -> Tensor:
@@ -11,3 +23,14 @@ def same_episode(is_first: Tensor, k: int) -> Tensor:
     loss is smaller in proportion.
     """
     return ~is_first[:, 1:].unfold(1, k, 1).any(-1)
+
+
+def reward_at_end(reward: Tensor, k: int) -> Tensor:
+    """Rewards of the k-th state of each block, [H/k, N], as rewards of single steps, [H, N].
+
+    `director.abstract_trajectory` takes the mean over a block, in which it weights each step by the
+    probability of getting that far. So the k-th step has k times the reward, the others have none.
+    """
+    steps = torch.zeros_like(reward).repeat_interleave(k, 0)
+    steps[k - 1 :: k] = k * reward
+    return steps

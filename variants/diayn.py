@@ -28,8 +28,7 @@ What is left out:
   steps, the value at its end is that of continuing the same skill, and the entropy bonus is
   Director's, which keeps the entropy at half of its range.
 - The paper stops learning skills before it adds a manager (its Section 4.2.2).
-- The manager's only reward is the task's: without a goal autoencoder there is no novelty, and
-  `--manager_expl` has no effect.
+- The manager's only reward is the task's: without a goal autoencoder there is no novelty.
 """
 
 import dataclasses
@@ -40,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import director
+from variants import refuse
 
 
 class Skills(nn.Module):
@@ -64,6 +64,11 @@ class Config(director.Config):
     skills: int = director.flag(16, "number of skills", low=2, group="diayn", fixed=True)
     skills_for: str = director.flag("diversity", "task: a manager picks the skills",
                                     ("diversity", "task"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse(self, ("skill_groups", "skill_classes"), "--skills is their number")
+        refuse(self, ("manager_expl",), "there is no novelty")
 
 
 class Agent(director.Director):
@@ -116,9 +121,10 @@ class Agent(director.Director):
         state = traj["deter"][1:, :uniform].detach()
         with director.autocast(self.config):
             log_q = self.goals(state)  # [H, N, skills]
-        # States count by the probability that the episode has not ended before them.
-        alive = director.trajectory_weights(traj["cont"].detach(), 1.0)[1:, :uniform]
-        loss = -((log_q * skill).sum(-1) * alive).mean()
+        # States count by the probability of arriving in them. Ends count, too, since the worker is
+        # rewarded for them.
+        arrival = director.trajectory_weights(traj["cont"].detach(), 1.0)[:-1, :uniform]
+        loss = -((log_q * skill).sum(-1) * arrival).mean()
         metrics["skill_loss"] = loss
         metrics["skill_right"] = (log_q.argmax(-1) == skill.argmax(-1)).float().mean()
         metrics["skill_grad_norm"] = self.optimizers["goals"].minimize(loss)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 class Ensemble(nn.Module):
@@ -71,6 +71,10 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.agent == "director":
+            refuse(self, ("worker_expl",), "the manager explores, see --manager_expl")
+        else:
+            refuse(self, ("manager_expl",), "there is no manager, see --worker_expl")
         if self.batch_length < 2:
             raise director.UserError("--batch_length: has to be more than 1")
 

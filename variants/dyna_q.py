@@ -8,8 +8,8 @@ Idea: Dyna learns action values from each real step, learns a model from the sam
 plans: from states it has visited it makes single steps in the model, and learns from them in the
 same way.
 
-What changes: there are no goals, no manager and no actor, and their flags have no effect. A network
-Q(s, a) of the latent state s (`deter` and `stoch`) learns
+What changes: there are no goals, no manager and no actor; `--horizon`, `--goal_duration` and
+`--lam` have no effect. A network Q(s, a) of the latent state s (`deter` and `stoch`) learns
 
     Q(s, a) <- r + discount * cont * max over a' of Q'(s', a'),
 
@@ -28,10 +28,11 @@ import dataclasses
 import sys
 
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 @dataclasses.dataclass
@@ -42,6 +43,8 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes")
+        refuse(self, unread, "there are no goals")
         if self.batch_length < 2:
             raise director.UserError("--batch_length: has to be more than 1")
 
@@ -65,6 +68,20 @@ class QNetwork(nn.Module):
         return director.OneHot(1e9 * best, unimix=self.epsilon)
 
 
+def check_actions(config: Config, act_space: spaces.Space):
+    if not isinstance(act_space, spaces.Discrete):
+        raise director.UserError(f"--task {config.task}: dyna_q needs discrete actions")
+
+
+class Run(director.Run):
+    """Refuses a task before it makes a folder."""
+
+    def __init__(self, config: Config, agent: type, obs_space: spaces.Dict,
+                 act_space: spaces.Space):
+        check_actions(config, act_space)
+        super().__init__(config, agent, obs_space, act_space)
+
+
 class Agent(director.Director):
     """A flat agent that learns action values from replayed and from imagined transitions.
 
@@ -72,11 +89,10 @@ class Agent(director.Director):
     cont, weight.
     """
 
-    Config = Config
+    Config, Run = Config, Run
 
     def build(self, action: tuple):
-        if not self.discrete:
-            raise director.UserError(f"--task {self.config.task}: dyna_q needs discrete actions")
+        check_actions(self.config, self.act_space)
         feat = self.sizes["deter"] + self.sizes["stoch"]
         self.worker = QNetwork(feat, action[0], self.config)
         self.optimizers["q"] = director.Optimizer(self.worker.q, self.config)

@@ -26,6 +26,10 @@ What is left out:
   well. Here the manager chooses among discrete codes by REINFORCE, as in Director.
 - FuN pools the goals of the last c steps, embeds them linearly, and has one goal for each of the c
   moves in eq. 8. Here a goal lasts for K steps, and the worker reads it as it is.
+- FuN's manager is a dilated LSTM, whose memory has several parts, of which one changes in a step.
+  Here memory is the world model's, and the manager reads the present state every K steps.
+- FuN's levels have separate discounts. Here `--discount` is that of the worker for each step, and
+  that of the manager for each decision.
 - FuN's worker is recurrent and also receives the task reward. Here it reads only the present state
   and the goal, and receives no task reward (but see `--worker_extr`).
 """
@@ -39,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import director
-from variants import same_episode
+from variants import reward_at_end, same_episode
 
 
 class UnitMLP(director.MLP):
@@ -59,12 +63,13 @@ class Directions(director.GoalAutoencoder):
 
 @dataclasses.dataclass
 class Config(director.Config):
+    agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
     feudal_reward: str = director.flag("cosine", "dot: progress along the goal, not its cosine",
                                        ("cosine", "dot"), group="feudal")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.agent == "director" and self.batch_length <= self.goal_duration:
+        if self.batch_length <= self.goal_duration:
             raise director.UserError("--batch_length: has to be more than --goal_duration")
 
 
@@ -74,8 +79,6 @@ class Agent(director.Director):
     Config, Goals = Config, Directions
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.manager:
-            return {}
         k = self.config.goal_duration
         deter = states["deter"]
         direction = F.normalize(deter[:, k:] - deter[:, :-k], dim=-1)  # [B, T-K, D]
@@ -99,11 +102,15 @@ class Agent(director.Director):
         return torch.stack(rewards)
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
-        """How new the direction is in which the state moved during a goal, [H, N]."""
+        """How new the direction is in which the state moved during a goal, [H, N].
+
+        It is 0 in other steps than a goal's last, and K-fold there, since the manager's reward is
+        the mean of K steps.
+        """
         k = self.config.goal_duration
         ends = traj["deter"][::k]  # [H/K+1, N, D]
         novelty = self.goals.novelty(F.normalize(ends[1:] - ends[:-1], dim=-1))  # [H/K, N]
-        return novelty.repeat_interleave(k, 0)  # the manager's reward is the mean over K steps
+        return reward_at_end(novelty, k)
 
     def picture_goal(self, goal: Tensor) -> None:
         """A direction has no picture."""

@@ -16,6 +16,8 @@ What changes:
 - The top level sets a goal every K * `--top_duration` steps. It alone is rewarded for the task and
   for novelty, since in HAC, too, a lower level knows only its goal.
 - Each of these two levels has its own goal autoencoder. Both learn all replayed states.
+- All levels have one `--discount`, for each decision of the level, so that the top level looks
+  K * `--top_duration` times as far ahead as the worker.
 - With `--hindsight 1` a level learns as if it had picked the code to which its autoencoder encodes
   the state that was reached; with a smaller number, in that fraction of trajectories. HAC's DDPG is
   off-policy and may do that. REINFORCE is on-policy, and nothing corrects for it: in experiments
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 
 import director
+from variants import reward_at_end
 
 
 @dataclasses.dataclass
@@ -94,10 +97,14 @@ class Agent(director.Director):
         return self.top_goals.novelty(traj["deter"][1:])
 
     def reward_reach(self, traj: dict[str, Tensor]) -> Tensor:
-        """How close the state at the end of a middle goal is to the top's goal, [H, N]."""
+        """How close the states at the ends of middle goals are to the top's goal, [H, N].
+
+        It is 0 in other steps, and K-fold there, since the middle level's reward is the mean of K
+        steps.
+        """
         k = self.config.goal_duration
         reward = director.max_cosine(traj["top_goal"][:-k:k], traj["deter"][k::k])  # [H/K, N]
-        return reward.repeat_interleave(k, 0)  # the middle's reward is the mean over K steps
+        return reward_at_end(reward, k)
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The middle acts every K steps and learns one trajectory for each goal of the top."""
@@ -127,11 +134,12 @@ class Agent(director.Director):
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
         """Also the top's goal reward at the end of its goals, and the same with exchanged goals."""
         metrics = super().train_imagined(traj)
-        duration = self.config.goal_duration * self.config.top_duration
+        k = self.config.goal_duration
+        duration = k * self.config.top_duration
         shift = traj["top_goal"].shape[1] // 2
         other = self.reward_reach({**traj, "top_goal": traj["top_goal"].roll(shift, 1)})
-        metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean()
-        metrics["reach_other"] = other[duration - 1 :: duration].mean()
+        metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean() / k
+        metrics["reach_other"] = other[duration - 1 :: duration].mean() / k
         return metrics
 
 

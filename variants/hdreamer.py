@@ -92,12 +92,12 @@ class RSSM(director.RSSM):
 
     def predict_stoch(self, deter: Tensor, sample: bool = True) -> Tensor:
         """Draw the coarse level, then the fine level given that (or take their modes)."""
-        known = deter
-        for net, groups in zip([self.prior_net, self.fine_net], self.levels, strict=True):
-            dist = director.OneHot(net(known).float().unflatten(-1, groups))
-            level = dist.rsample() if sample else dist.mode
-            known = torch.cat([known, level.flatten(-2)], -1)
-        return known[..., deter.shape[-1] :]
+        dist = director.OneHot(super().prior(deter))
+        coarse = (dist.rsample() if sample else dist.mode).flatten(-2)
+        logits = self.fine_net(torch.cat([deter, coarse], -1)).float()
+        dist = director.OneHot(logits.unflatten(-1, self.levels[1]))
+        fine = (dist.rsample() if sample else dist.mode).flatten(-2)
+        return torch.cat([coarse, fine], -1)
 
 
 class WorldModel(director.WorldModel):

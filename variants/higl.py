@@ -18,8 +18,10 @@ What changes:
   successor s_i[t+K], where sim(a, b) = -|a - b|^2 / temperature is the distance of the reward. This
   distinguishes whatever differs between trajectories. Since `deter` remembers the past, two visits
   to one place get distant codes, and distances tell less about time (see README.md).
-- The manager's action is z, a Gaussian trained by REINFORCE. Its exploration reward is the distance
-  of E(s) to the nearest code of the last 1,024 replayed states.
+- The manager's action is a sample of a Gaussian, trained by REINFORCE, and z is this sample clipped
+  to [-1, 1], since no code can be elsewhere. The mean is in (-1, 1), so that it can be any code.
+  The manager's exploration reward is the distance of E(s) to the nearest code of the last 1,024
+  replayed states.
 
 What is left out: CPC's recurrent context, and its bilinear score, whose scale is not tied to a
 distance. HIGL's landmarks (states that are far apart or new, and a graph for planning over them)
@@ -35,11 +37,11 @@ import torch
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 class Codes(nn.Module):
-    """States [..., D] to codes [..., d]; a code is a goal."""
+    """States [..., D] to codes [..., d]; a goal is a code."""
 
     def __init__(self, config: "Config"):
         super().__init__()
@@ -55,7 +57,8 @@ class Codes(nn.Module):
         return self.encoder(deter).tanh()
 
     def decode(self, skill: Tensor) -> Tensor:
-        return skill
+        """The manager's sample to a goal. REINFORCE needs the sample as it was, not clipped."""
+        return skill.clamp(-1, 1)
 
     @torch.no_grad()
     def novelty(self, deter: Tensor) -> Tensor:
@@ -82,6 +85,7 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse(self, ("skill_groups", "skill_classes"), "--latent is the size of a goal")
         if self.batch_length <= self.goal_duration:
             raise director.UserError("--batch_length: has to be more than --goal_duration")
 

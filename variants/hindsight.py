@@ -12,7 +12,7 @@ brought (Algorithm 1; strategy "future" of Section 4.5).
 What changes: the worker, since relabelled experience is off-policy. From replayed transitions s, a,
 s' it learns Q(s, g, a) by squared error towards
 
-    r + (1 - r) (1 - 1/K) cont max over a' of Q_slow(s', g, a')
+    r + (1 - r) (1 - 1/K) cont clip(max over a' of Q_slow(s', g, a'), 0, 1)
 
 with r = 1 if max_cosine(g, s') > `--reached`, else 0, and cont = 0 if s' is terminal, else 1. A
 goal ends when it is reached, and with probability 1/K in each step, since Q does not know how long
@@ -21,8 +21,9 @@ Gaussian noise; the actor maximises Q_slow (in DDPG, Q). A transition's own goal
 manager would set in s now: goals that it set earlier were states of an older world model. The
 manager learns in imagination, as before.
 
-What is left out: HER's rewards are -1 and 0, which is the same up to scale and offset. HER also
-normalises inputs, penalises large actions, and mixes Gaussian with uniform noise.
+What is left out: HER's rewards are -1 and 0, which is the same up to scale and offset; it clips the
+whole target to the values that are possible then, -1 / (1 - discount) to 0. HER also normalises
+inputs, penalises large actions, and mixes Gaussian with uniform noise.
 """
 
 import copy
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import director
-from variants import same_episode
+from variants import refuse, same_episode
 
 
 def later_states(deter: Tensor, is_first: Tensor, amount: int) -> Tensor:
@@ -89,11 +90,14 @@ class Worker(nn.Module):
 class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
     batch_length: int = director.flag(None, "steps in a replay chunk", low=2)
-    worker_extr: float = director.flag(0.0, "0: only goals are rewarded", low=0, high=0)
     her: int = director.flag(4, "later states as goals of each step", low=0, group="hindsight")
     reached: float = director.flag(0.95, "max-cosine at which a goal is reached", low=0, high=1)
     noise: float = director.flag(0.2, "fraction of random actions, or their standard deviation",
                                  low=0, high=0.999)
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse(self, ("worker_extr",), "the worker is rewarded for goals only")
 
 
 class Agent(director.Director):
@@ -139,11 +143,11 @@ class Agent(director.Director):
         after = torch.cat([state[:, :, 1:], goal], -1).flatten(1, 2)
         action = states["action"][:, 1:].flatten(0, 1).expand(len(goal), -1, -1)
         reached = director.max_cosine(goal, deter[:, 1:]) > config.reached
-        reward = reached.float().flatten(1)
+        r = reached.float().flatten(1)
         cont = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
 
-        future = slow.value(after, slow.best(after)).clamp(0, 1)
-        target = reward + (1 - reward) * cont * future
+        max_q = slow.value(after, slow.best(after))
+        target = r + (1 - r) * cont * max_q.clamp(0, 1)
         loss = (worker.value(before, action) - target) ** 2
         if not self.discrete:
             loss = loss - slow.value(before, worker.best(before))  # trains the actor alone

@@ -25,8 +25,10 @@ bootstrap from the value of arriving in s' with option w (eq. 3),
 
 What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
 is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
-Harb et al., 2018). Gradients of continuous actions do not flow through ends and picks. Flags for
-goals have no effect, but `--horizon` has to be a multiple of `--goal_duration`.
+Harb et al., 2018). Soft versions of option-critic also add the entropy of actions to Q; here it is
+Director's bonus in the actor's loss, and no value includes it. Gradients of continuous actions do
+not flow through ends and picks. There are no goals, but `--horizon` still has to be a multiple of
+`--goal_duration`.
 """
 
 import dataclasses
@@ -37,6 +39,7 @@ import torch
 from torch import Tensor
 
 import director
+from variants import refuse
 
 
 @dataclasses.dataclass
@@ -46,6 +49,11 @@ class Config(director.Config):
     options: int = director.flag(4, "number of options", group="options", fixed=True)
     option_entropy: float = director.flag(1.0, "weight of the entropy of picks", low=0)
     option_cost: float = director.flag(1.4, "cost of ending an option", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes")
+        refuse(self, unread, "there are no goals")
 
 
 class OptionCritic(director.ActorCritic):
@@ -72,49 +80,50 @@ class OptionCritic(director.ActorCritic):
     def values(self, state: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
         """Q(s, w) of the slow critic, [..., W], and V(s) without entropies, [...]."""
         count = pick.shape[-1]
-        values = []
+        q = []
         for option in torch.eye(count, device=pick.device):
             option = option.expand(*pick.shape[:-1], count)
-            values.append(self.slow["extr"](torch.cat([state, option], -1)))
-        values = director.symexp(torch.stack(values, -1))
-        return values, (values * pick).sum(-1)
+            q.append(self.slow["extr"](torch.cat([state, option], -1)))
+        q = director.symexp(torch.stack(q, -1))
+        return q, (q * pick).sum(-1)
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
         """Lambda returns of the options that act, and their Q, [H, N] both."""
         config = self.config
-        option = traj["option"][:-1]  # acts in states 0..H-1 and leads to states 1..H
+        w = traj["option"][:-1]  # acts in states 0..H-1 and leads to states 1..H
         pick = traj["pick"]
         beta = traj["beta"][1:]
         state = feat[..., : -config.options]
-        value, mean_value = self.values(state, pick)  # Q [H+1, N, W], V [H+1, N]
-        self.gapnorm(value - mean_value[..., None])  # updates its statistics
-        value_acting = (value[:-1] * option).sum(-1)  # Q(s, w), [H, N]
-        value_staying = (value[1:] * option).sum(-1)  # Q(s', w), [H, N]
-        value_arriving = value_staying + beta * (mean_value[1:] - value_staying)  # U(s', w)
+        q, v = self.values(state, pick)  # [H+1, N, W], [H+1, N]
+        q_acting = (q[:-1] * w).sum(-1)  # Q(s, w), [H, N]
+        q_next = (q[1:] * w).sum(-1)  # Q(s', w), [H, N]
+        u = (1 - beta) * q_next + beta * v[1:]  # U(s', w), eq. 3
         # The entropy of a pick is a reward, so that sampled parts of a return include it, too.
+        # Its unit is that of earlier gradient steps, so that all calls in one step agree; before
+        # the first step there is none, and the weight is 0.
         weight = config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
         discount = config.discount * traj["cont"][1:]
         entropy = torch.special.entr(pick[1:]).sum(-1)
         reward = traj["reward_extr"] + discount * beta * weight * entropy
-        values = torch.cat([value_acting[:1], value_arriving])  # lambda_return ignores the first
-        return director.lambda_return(reward, values, discount, config.lam), value_acting
+        u = torch.cat([q_acting[:1], u])  # [H+1, N]; lambda_return ignores the first
+        return director.lambda_return(reward, u, discount, config.lam), q_acting
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         """Train critics and actor, then beta and pi."""
         metrics = super().learn(traj, copy_slow)
         config = self.config
-        option = traj["option"][:-1]
+        w = traj["option"][:-1]
         weight = director.trajectory_weights(traj["cont"].detach(), config.discount)  # [H+1, N]
         state = self.feat(traj)[..., : -config.options].detach()
         with director.autocast(config):
             pick = self.pick(state)
-            end = (self.end(state[1:]).sigmoid() * option).sum(-1)  # beta, [H, N]
-            value, mean_value = self.values(state, traj["pick"])
-        gap = self.gapnorm(value - mean_value[..., None], update=False)  # Q - V, [H+1, N, W]
+            beta = (self.end(state[1:]).sigmoid() * w).sum(-1)  # beta(s', w), [H, N]
+            q, v = self.values(state, traj["pick"])
+        advantage = self.gapnorm(q - v[..., None])  # Q - V, [H+1, N, W]
         entropy = config.option_entropy * pick.entropy()  # [H+1, N]
-        bracket = (gap[1:] * option).sum(-1) - entropy[1:].detach() + config.option_cost
-        end_loss = (end * bracket * weight[1:]).mean()
-        over_loss = -(((pick.probs * gap).sum(-1) + entropy) * weight).mean()
+        gain = (advantage[1:] * w).sum(-1) - entropy[1:].detach()  # of w over another pick, [H, N]
+        end_loss = (beta * (gain + config.option_cost) * weight[1:]).mean()
+        over_loss = -(((pick.probs * advantage).sum(-1) + entropy) * weight).mean()
         metrics["end_grad_norm"] = self.optimizers["end"].minimize(end_loss)
         metrics["over_grad_norm"] = self.optimizers["over"].minimize(over_loss)
         metrics["option_length"] = 1 / traj["beta"][1:].mean()

@@ -21,8 +21,9 @@ sequence (PETS and PlaNet: of the mean sequence) and then searches again. The ma
 values rewards that are averaged over K steps and discounted once per K steps. So one step is
 discounted by the K-th root of the discount, and the value is multiplied by K.
 
-What is left out: chance nodes (a child is one sample), noise at the root, and learning from the
-results of the search.
+What is left out: PETS's ensemble of models, over whose members it averages the score of a sequence
+(here there is one model, and one sample of each sequence); chance nodes (a child is one sample),
+noise at the root, and learning from the results of the search.
 """
 
 import dataclasses

@@ -54,10 +54,9 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
         Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move),
 
     where P is the prior, and Q the mean return found behind the move, scaled to 0..1 by the least
-    and the largest return in the tree (0 if there is none), until it comes to a move without a
-    node. It imagines that move, evaluates the new state, and adds the return to all moves on the
-    way. (In MuZero, 1.25 grows with the logarithm of visits, by 0.003 in 50 simulations, and the
-    scale is given by the least and the largest Q.)
+    and the largest Q in the tree (0 if there is none), until it comes to a move without a node. It
+    imagines that move, evaluates the new state, and adds the return to all moves on the way. (In
+    MuZero, 1.25 grows with the logarithm of visits, by 0.003 in 50 simulations.)
     """
     moves, prior = options(root)
     trees = np.arange(len(prior))
@@ -69,22 +68,22 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
     discount = np.zeros(shape)
     priors = np.zeros(shape)
     priors[:, 0] = prior.cpu().numpy()
-    low = np.full(len(trees), np.inf)  # least and largest return in a tree
-    high = np.full(len(trees), -np.inf)
     states = [root]  # of nodes
     tried = [moves]
     for new in range(1, simulations + 1):
+        q = total / np.maximum(visits, 1)
+        low = np.where(visits > 0, q, np.inf).min((1, 2), keepdims=True)
+        high = np.where(visits > 0, q, -np.inf).max((1, 2), keepdims=True)
+        scaled = np.where(visits > 0, (q - low) / np.maximum(high - low, 1e-8), 0)
+
         # Go down to a move without a node. Where that is reached, node and move stay as they are.
         node = np.zeros(len(trees), int)
         going = np.ones(len(trees), bool)
         path = []
         while going.any():
             seen = visits[trees, node]  # [E, M]
-            width = np.maximum(high - low, 1e-8)[:, None]
-            mean = total[trees, node] / np.maximum(seen, 1)
-            scaled = np.where(seen > 0, (mean - low[:, None]) / width, 0)
             explore = np.sqrt(seen.sum(1, keepdims=True) + 1) / (1 + seen)
-            move = (scaled + 1.25 * priors[trees, node] * explore).argmax(1)
+            move = (scaled[trees, node] + 1.25 * priors[trees, node] * explore).argmax(1)
             path.append((node, move, going))
             below = child[trees, node, move]
             going = going & (below > 0)
@@ -109,6 +108,4 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
             back[on_path] = reward[at] + discount[at] * back[on_path]
             total[at] += back[on_path]
             visits[at] += 1
-            low[on_path] = np.minimum(low, back)[on_path]
-            high[on_path] = np.maximum(high, back)[on_path]
     return tried[0], torch.from_numpy(visits[:, 0]).to(prior.device)

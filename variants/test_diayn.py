@@ -39,8 +39,8 @@ def test_the_discriminator_learns_which_skill_led_to_a_state_of_those_drawn_from
         metrics = agent.train_imagined(traj)
         logits, skill = traj["deter"][1:, :columns, :4], traj["skill"][:-1, :columns].argmax(-1)
         entropy = F.cross_entropy(logits.movedim(-1, 1), skill, reduction="none")
-        entropy[2:, 1] = 0  # one has ended in state 3, half of one in state 5
-        entropy[4:, 2] /= 2
+        entropy[3:, 1] = 0  # one ends in state 3, which is learned, too; half of one in state 5
+        entropy[5:, 2] /= 2
         close(losses[-1], entropy.mean())
         close(metrics["skill_right"], (logits.argmax(-1) == skill).float().mean())
 

@@ -137,6 +137,7 @@ def test_dyna_q_wants_discrete_actions_and_no_goals(capsys, tmp_path):
     assert director.main(run, dyna_q.Agent) == 2
     error = capsys.readouterr().err
     assert "dyna_q needs discrete actions" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
     folder = director.run_folder(dyna_q.Config(task="gym_Corridor-v0", size="xs"), dyna_q.Agent)
     assert folder.parts[-3:] == ("runs", "gym_Corridor-v0", "dyna_q-dreamer-xs-0")
     assert {field.name for field in dataclasses.fields(dyna_q.Config)} >= {"planning", "epsilon"}

@@ -56,4 +56,10 @@ def test_feudal_explores_directions_that_are_new_over_a_whole_goal():
     agent = make_variant(feudal.Agent, horizon=4, goal_duration=2)
     agent.goals.novelty = lambda way: way[..., 0]
     deter = tensor([[0, 0], [9, 9], [3, 4], [9, 9], [3, 9]])[:, None]
-    close(agent.reward_expl({"deter": deter}), [[0.6], [0.6], [0], [0]])
+    reward = agent.reward_expl({"deter": deter})
+    close(reward, [[0], [2 * 0.6], [0], [0]])
+    # The manager's reward is 0.6 times the probability of getting to the end of the goal, 0.5. The
+    # second goal has a reward of 0 in the first place.
+    traj = {"deter": deter, "skill": deter, "action": deter, "reward_expl": reward,
+            "cont": tensor([1, 0.5, 0.9, 1, 1])[:, None]}
+    close(director.abstract_trajectory(traj, 2)["reward_expl"], [[0.6 * 0.5], [0]])

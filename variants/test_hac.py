@@ -121,12 +121,26 @@ def test_hac_rewards_the_middle_level_for_the_state_that_its_choice_leads_to():
     deter = tensor([[1, 0], [9, 9], [0, 2], [9, 9], [4, 0], [9, 9], [3, 4], [9, 9], [3, 4]])
     goal = tensor([[2, 0]] * 4 + [[3, 4]] * 4 + [[7, 7]])
     reward = agent.reward_reach({"deter": deter[:, None], "top_goal": goal[:, None]})
-    close(reward[:, 0], [0, 0, 0.5, 0.5, 1, 1, 1, 1], atol=1e-6)
+    close(reward[:, 0], 2 * tensor([0, 0, 0, 0.5, 0, 1, 0, 1]), atol=1e-6)  # means are over 2
     assert dict(agent.manager.rewards) == {"reach": 1} and "extr" in agent.top.rewards
     assert make_variant(hac.Agent, middle_extr=0.5).manager.rewards == {"reach": 1, "extr": 0.5}
     agent.goals.novelty = lambda deter: 0 * deter[..., 0]
     agent.top_goals.novelty = lambda deter: deter[..., 0]
     close(agent.reward_expl({"deter": deter})[:2], [9, 0])
+
+
+@pytest.mark.parametrize("cont", [0.0, 0.3, 1.0])
+def test_hac_rewards_the_middle_level_by_the_probability_of_getting_to_its_state(cont):
+    """An episode may end in state 3, within the second middle goal, whose state is 4."""
+    agent = make_variant(hac.Agent, goal_duration=2, top_duration=2, horizon=8)
+    traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
+    traj["top_goal"][:4], traj["top_goal"][4:] = traj["deter"][4], traj["deter"][8]  # are reached
+    traj["cont"] = torch.ones(9, 4)
+    traj["cont"][3] = cont
+    traj["reward_reach"] = agent.reward_reach(traj)
+    reward = agent.player_trajectories(traj)["manager"]["reward_reach"]  # [2, 2 goals x 4]
+    close(reward[1, :4], np.full(4, cont), rtol=1e-4)
+    close(reward[1, 4:], np.ones(4), rtol=1e-4)
 
 
 def test_hac_autoencoders_are_two_that_learn_the_same_states():

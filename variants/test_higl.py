@@ -9,6 +9,7 @@ from conftest import (
     close,
     make_variant,
     replayed,
+    starts_at,
     tensor,
 )
 from variants import (
@@ -24,6 +25,20 @@ def test_higl_rewards_minus_the_squared_distance_of_codes_and_novelty():
     close(agent.reward_goal({"deter": deter, "goal": goal})[:, 0], [-4, -1])
     agent.goals.memory.fill_(9.0)[5] = tensor([1, 5])
     close(agent.reward_expl({"deter": deter})[:, 1], [3, 4])
+
+
+def test_higl_goals_are_where_codes_can_be_and_the_manager_learns_its_own_samples():
+    agent = make_variant(higl.Agent, latent=2, horizon=8, goal_duration=4)
+    agent.manager.actor.out.bias.data[2:] = 9  # standard deviations near 1
+    traj = agent.imagine(starts_at(*torch.randn(2, 50, 16)))
+    outside = traj["skill"].abs() > 1
+    assert 0.2 < outside.float().mean() < 0.6
+    close(traj["goal"][~outside], traj["skill"][~outside])
+    close(traj["goal"][outside], traj["skill"][outside].sign())
+    close(agent.player_trajectories(traj)["manager"]["action"], traj["skill"][::4])
+    state = {"count": np.zeros(50), **starts_at(*torch.randn(2, 50, 16))}
+    state = agent.act(state, np.ones(50, dtype=bool), "train")
+    assert (state["skill"].abs() > 1).any() and (state["goal"].abs() <= 1).all()
 
 
 @pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])

@@ -175,6 +175,24 @@ def test_rewards_of_any_size_teach_the_same_ends_and_picks():
     close(found[0], found[1], rtol=1e-3)
 
 
+def test_a_step_that_copies_the_slow_critic_has_one_unit_of_entropy():
+    agent = make_variant(options.Agent, options=2, option_entropy=1)
+    worker = agent.worker
+    traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))
+    traj["reward_extr"] = 0 * traj["reward_extr"]
+    worker.learn(traj, copy_slow=False)
+    worker.values = lambda state, pick: (10 * pick, (10 * pick).mean(-1))  # the unit changes now
+    feat, found = worker.feat(traj), []
+    before, _ = worker.returns("extr", feat, traj)
+    returns = worker.returns
+    worker.returns = lambda *args: found.append(returns(*args)) or found[-1]
+    worker.learn(traj, copy_slow=True)
+    assert len(found) == 2 and worker.gapnorm.count == 2  # two calls, one batch each step
+    for ret, _ in found:
+        close(ret, before)
+    assert not torch.allclose(returns("extr", feat, traj)[0], before)
+
+
 @pytest.mark.parametrize("acting", [True, False])
 def test_an_option_ends_in_the_state_arrived_in_by_its_own_chance(acting):
     """Option 0 never ends, 1 always, 2 where t is a multiple of 3; picks are 0, 1, 2 in turns."""

@@ -84,6 +84,38 @@ def test_tree_search_agrees_with_trying_everything():
     assert (greedy != ways.argmax(1)).sum() >= 3
 
 
+def test_tree_search_weighs_moves_by_values_and_not_by_single_returns():
+    """In random MDPs with 6 moves a state, whose leaves have their true values.
+
+    Scaled by the least and the largest return of a simulation, which lie further apart than those
+    of Q, 20 simulations find the best move in 46% of these MDPs.
+    """
+    gen, trees, states, actions = np.random.default_rng(0), 400, 12, 6
+    successor = gen.integers(states, size=(trees, states, actions))
+    reward = gen.normal(size=successor.shape)
+    each = np.arange(trees)
+    value = np.zeros((trees, states))
+    for _ in range(200):
+        q = reward + 0.9 * value[each[:, None, None], successor]
+        value = q.max(-1)
+
+    def options(state):
+        return torch.eye(actions).expand(trees, -1, -1), torch.full((trees, actions), 1 / actions)
+
+    def imagine(state, move):
+        at = each, state["deter"][:, 0].numpy(), move.argmax(-1).numpy()
+        after = {"deter": torch.as_tensor(successor[at])[:, None], "stoch": state["stoch"]}
+        return after, torch.as_tensor(reward[at]), torch.full((trees,), 0.9)
+
+    def leaf_value(state):
+        return torch.as_tensor(value[each, state["deter"][:, 0].numpy()])
+
+    root = {"deter": torch.zeros(trees, 1, dtype=torch.long), "stoch": torch.zeros(trees, 1)}
+    _, visits = search.tree_search(root, options, imagine, leaf_value, simulations=20)
+    best = visits.argmax(1).numpy() == q[:, 0].argmax(1)
+    assert best.mean() > 0.56, best.mean()
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_single_steps(flat):
     agent = make_variant(planner.Agent, agent="dreamer" if flat else "director", discount=0.8,
