@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError(f"gymnasium {gymnasium.__version__} is too old: it needs 1.1 or newer, see "
                       "requirements.txt") from error
 
-# Signals that end a run; it saves first. The main process alone handles them.
+# Signals that end a run, which saves first. Processes of environments do not get them.
 SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 CLOSE_SECONDS = 10  # that environments may take to close
