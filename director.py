@@ -17,7 +17,7 @@ From the paper to this file, in its order (`# ---- ` begins a part):
     The agent                 Director: sample_skill (2.3, eq. 5), act (2.4, eq. 7), imagine,
                               reward_expl (eq. 6), reward_goal (eq. 8), train_step
     Replay                    Replay, of what envs/ makes of environments (make_env, Driver)
-    A run                     load, Run, draw_pictures, train, evaluate, main
+    A run                     load, Run, train, evaluate, main
 
 Symbols in shapes: B replay chunks in a batch, T steps in each; N = BT imagined trajectories, H
 steps in each; K steps for a goal; D deterministic state; SC stochastic state, S groups of C
@@ -58,7 +58,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from envs import UserError, pictures, require  # the folder envs/ has to be beside this file
+from envs import UserError, pictures, require, write_file  # envs/ has to be beside this file
 from envs.make import choose_quality, make_env, refuse_other_spaces, vector_envs  # noqa: F401
 from envs.vector import SIGNALS, Driver
 from envs.wrappers import IMAGE
@@ -250,6 +250,20 @@ class OneHot:
         return -(self.logits * self.probs).sum(-1)
 
 
+class Symlog:
+    """A number [...] that is predicted in symlog space, by the squared error there."""
+
+    def __init__(self, pred: Tensor):
+        self.pred = pred
+
+    @property
+    def mean(self) -> Tensor:
+        return symexp(self.pred)
+
+    def loss(self, target: Tensor) -> Tensor:
+        return (self.pred - symlog(target)) ** 2
+
+
 class BoundedNormal(torch.distributions.Normal):
     """Normal(tanh(mean), std) per dimension, [..., A], std in 0.03..1; samples are not clipped."""
 
@@ -380,6 +394,13 @@ class MLP(nn.Module):
         hidden = self.hidden(x).float()
         with torch.autocast(x.device.type, enabled=False):  # 8 bits are too few for values
             return self.out(hidden).reshape(*x.shape[:-1], *self.outputs)
+
+
+class ScalarHead(MLP):
+    """An MLP that predicts a number, a reward or a value: [..., F] -> `Symlog` [...]."""
+
+    def forward(self, x: Tensor) -> Symlog:
+        return Symlog(super().forward(x))
 
 
 def convolutions(kind: type, channels: list[int], kernels: list[int]) -> list[nn.Module]:
@@ -625,7 +646,7 @@ class WorldModel(nn.Module):
         self.rssm = self.RSSM(self.encoder.size, action, config)
         feat = config.deter + self.rssm.size
         self.decoder = Decoder(feat, obs_space, config)
-        self.reward_head = MLP(feat, (), config)  # in symlog space
+        self.reward_head = ScalarHead(feat, (), config)
         self.cont_head = MLP(feat, (), config)  # logit of not being terminal
         self.kl_adapt = AutoAdapt((), config.kl_target, low=1e-5, high=1.0)
 
@@ -659,7 +680,7 @@ class WorldModel(nn.Module):
         for key, mean in self.decoder(feat).items():
             target = self.encoder.preprocess(key, batch[key], update=True)
             losses[key] = ((mean - target) ** 2).flatten(2).sum(-1)
-        losses["reward"] = (self.reward_head(feat) - symlog(batch["reward"])) ** 2
+        losses["reward"] = self.reward_head(feat).loss(batch["reward"])
         losses["cont"] = F.binary_cross_entropy_with_logits(
             self.cont_head(feat), 1 - batch["is_terminal"].float(), reduction="none")
         losses["kl"], metrics = self.kl_loss(states)
@@ -720,7 +741,7 @@ class ActorCritic(nn.Module):
             mean, std = self.actor.out.weight.chunk(2)
             nn.init.xavier_uniform_(mean, gain=0.1**0.5)
             nn.init.xavier_uniform_(std)
-        self.critics = nn.ModuleDict({name: MLP(feat, (), config) for name in rewards})
+        self.critics = nn.ModuleDict({name: ScalarHead(feat, (), config) for name in rewards})
         self.slow = copy.deepcopy(self.critics).requires_grad_(False)
         self.optimizers = {"actor": Optimizer(self.actor, config)}
         for name, critic in self.critics.items():
@@ -741,11 +762,15 @@ class ActorCritic(nn.Module):
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
         """Lambda returns, and values of the slow critic, [H, N] both."""
-        value = symexp(self.slow[name](feat))  # [H+1, N]
+        value = self.slow[name](feat).mean  # [H+1, N]
         # For the manager, a step is a decision: K environment steps are discounted once.
         discount = self.config.discount * traj["cont"][1:]
         returns = lambda_return(traj[f"reward_{name}"], value, discount, self.config.lam)
         return returns, value[:-1]
+
+    def critic_loss(self, name: str, pred: Symlog, feat: Tensor, ret: Tensor) -> Tensor:
+        """Loss [H, N] of a critic's prediction in states [H, N, F] with returns [H, N]."""
+        return pred.loss(ret)
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         """Train critics, then the actor, on a trajectory [H+1, N, ...]; returns metrics."""
@@ -761,12 +786,13 @@ class ActorCritic(nn.Module):
         for name, critic in self.critics.items():
             with autocast(self.config):
                 ret, value = self.returns(name, feat, traj)
-                pred = critic(feat[:-1].detach())  # [H, N], in symlog space
-            loss = ((pred - symlog(ret.detach())) ** 2 * weight).mean()
+                pred = critic(feat[:-1].detach())
+                loss = self.critic_loss(name, pred, feat[:-1].detach(), ret.detach())
+            loss = (loss * weight).mean()
             norm = self.optimizers[f"{name}_critic"].minimize(loss)
             metrics |= {f"{name}_critic_loss": loss, f"{name}_critic_grad_norm": norm,
                         f"{name}_reward": traj[f"reward_{name}"].mean(),
-                        f"{name}_return": ret.mean(), f"{name}_value": symexp(pred).mean()}
+                        f"{name}_return": ret.mean(), f"{name}_value": pred.mean.mean()}
             if copy_slow:  # the official program, too, copies before it scores the actor
                 self.slow[name].load_state_dict(critic.state_dict())
                 with autocast(self.config):
@@ -957,7 +983,7 @@ class Director(nn.Module):
     def reward_extr(self, traj: dict[str, Tensor]) -> Tensor:
         """The task reward that the world model predicts for states 1..H: [H, N]."""
         feat = torch.cat([traj["deter"], traj["stoch"]], -1)
-        return symexp(self.world_model.reward_head(feat[1:]))
+        return self.world_model.reward_head(feat[1:]).mean
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:
         """The novelty of states 1..H: [H, N] (paper, eq. 6)."""
@@ -1132,21 +1158,6 @@ class Replay:
 #
 # A run has an id, which is in config.json, in the checkpoint, and in the names of the folder of its
 # episodes and of temporary files. Such files with another id are never read or changed.
-
-def write_file(path: pathlib.Path, buffer: io.BytesIO, run_id: str = ""):
-    """Create or replace a file as a whole: if this is interrupted, the old content stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{run_id or os.urandom(8).hex()}")
-    temporary.unlink(missing_ok=True)  # of a process of this run that was killed
-    try:
-        with open(temporary, "xb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 def agent_name(agent: type) -> str:
     """The name of the class, or of its file if it is called Agent, as in `variants/`."""
@@ -1392,10 +1403,8 @@ class Run:
     def say_scores(self):
         """Print the returns of the episodes that ended since the last line."""
         scores, self.scores = self.scores, []
-        if len(scores) == 1:
-            self.say(f"step {self.step}: an episode of return {scores[0]:.1f}")
-        elif scores:
-            self.say(f"step {self.step}: {len(scores)} episodes of mean return "
+        if scores:
+            self.say(f"step {self.step}: episodes: {len(scores)}, mean return "
                      f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})")
 
     def progress(self) -> str:
@@ -1452,21 +1461,13 @@ class Run:
         """Write pictures of an episode and of replay; random draws of training stay the same."""
         rng = copy.deepcopy(self.replay.rng)
         with torch.random.fork_rng():
-            draw_pictures(self.agent, film, self.replay.sample(6, 64),
-                          self.logdir / f"pictures/{self.step}", self.writer)
+            pictures.write(self.agent, film, self.replay.sample(6, 64),
+                           self.logdir / f"pictures/{self.step}", self.writer)
         self.replay.rng = rng
         self.last_video = self.step
 
 
 Director.Replay, Director.Run = Replay, Run
-
-
-def draw_pictures(agent: Director, film: list[tuple], batch: dict, path: pathlib.Path, writer=None):
-    """Write pictures, see envs/pictures.py, to <path>-<name>.gif and to TensorBoard."""
-    for name, frames in pictures.draw(agent, film, batch).items():
-        write_file(path.with_name(f"{path.name}-{name}.gif"), pictures.gif(frames))
-        if writer:
-            writer.add_image(f"pictures/{name}", pictures.strip(frames), int(path.name))
 
 
 def train(config: Config, agent: type = Director) -> int:
@@ -1554,8 +1555,8 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
                 print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
                       f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
                 if driver.film and len(scores) == 1:
-                    draw_pictures(player, driver.film, replay.sample(6, 64),
-                                  logdir / "pictures/eval")
+                    pictures.write(player, driver.film, replay.sample(6, 64),
+                                   logdir / "pictures/eval")
             elif driver.length[0] % 1000 == 999:
                 print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
     result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}

@@ -2,10 +2,13 @@
 
 import io
 import math
+import pathlib
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
+
+from envs import write_file
 
 
 @torch.no_grad()
@@ -37,6 +40,14 @@ def draw(agent, film: list[tuple], batch: dict) -> dict[str, np.ndarray]:
         frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
         pictures[name] = (frames * 255).byte().cpu().numpy()
     return pictures
+
+
+def write(agent, film: list[tuple], batch: dict, path: pathlib.Path, writer=None):
+    """Write the pictures of `draw` to <path>-<name>.gif, and to TensorBoard if it has a writer."""
+    for name, frames in draw(agent, film, batch).items():
+        write_file(path.with_name(f"{path.name}-{name}.gif"), gif(frames))
+        if writer:
+            writer.add_image(f"pictures/{name}", strip(frames), int(path.name))
 
 
 def gif(frames: np.ndarray) -> io.BytesIO:

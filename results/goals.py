@@ -40,7 +40,7 @@ def play(agent: Director, envs, mode: str) -> tuple[list[float], float, float]:
     state, scores, values, rewards = None, [], [], []
     while len(scores) < envs.num_envs:
         action, state = agent.policy(driver.rows, state, mode)
-        value = director.symexp(player.critics["extr"](player.feat(state)))
+        value = player.critics["extr"](player.feat(state)).mean
         values.append(value.mean().item())
         driver.step(action.cpu().numpy(), state)
         rewards.append(driver.rows["reward"].mean())

@@ -297,7 +297,7 @@ def option_differences(agent: options.Agent, replay: director.Replay) -> dict[st
         with torch.no_grad():
             feat = torch.cat([state.expand(count, -1, -1), option], -1)  # [options, N, F]
             probs = agent.worker.dist(feat).probs
-            values = director.symexp(agent.worker.critics["extr"](feat))
+            values = agent.worker.critics["extr"](feat).mean
         variations = [(probs[i] - probs[j]).abs().sum(-1).mean() / 2
                       for i, j in itertools.combinations(range(count), 2)]
         found.append((values.std(0, correction=0).mean() / values.std(), np.mean(variations)))

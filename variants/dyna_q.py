@@ -134,7 +134,7 @@ class Agent(director.Director):
         after = torch.cat(model.rssm.img_step(deter, stoch, action), -1)
         return {
             "before": torch.cat([deter, stoch], -1), "action": action, "after": after,
-            "reward": director.symexp(model.reward_head(after)),
+            "reward": model.reward_head(after).mean,
             "cont": model.cont_head(after).sigmoid(), "weight": 1 - end.float()}
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict:

@@ -83,8 +83,8 @@ class OptionCritic(director.ActorCritic):
         q = []
         for option in torch.eye(count, device=pick.device):
             option = option.expand(*pick.shape[:-1], count)
-            q.append(self.slow["extr"](torch.cat([state, option], -1)))
-        q = director.symexp(torch.stack(q, -1))
+            q.append(self.slow["extr"](torch.cat([state, option], -1)).mean)
+        q = torch.stack(q, -1)
         return q, (q * pick).sum(-1)
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:

@@ -125,14 +125,14 @@ class Agent(director.Director):
             deter, stoch = model.rssm.img_step(state["deter"], state["stoch"], action)
             state = {"deter": deter, "stoch": stoch}
             feat = torch.cat([deter, stoch], -1)
-            reward = reward + discount * director.symexp(model.reward_head(feat))
+            reward = reward + discount * model.reward_head(feat).mean
             discount = discount * gamma * model.cont_head(feat).sigmoid()
         return state, reward, discount
 
     def value(self, state: dict) -> Tensor:
         """The task's return from these states on, [N], in rewards of single steps."""
         player = self.manager or self.worker
-        value = director.symexp(player.critics["extr"](player.feat(state)))
+        value = player.critics["extr"](player.feat(state)).mean
         return value * (self.config.goal_duration if self.manager else 1)
 
     def options(self, state: dict) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def test_dyna_q_plans_one_random_step_from_each_replayed_state_but_ends():
     agent, seen = make_variant(dyna_q.Agent, planning=3), []
     deter, stoch = torch.randn(2, 400, 16)
     end = torch.arange(400) % 4 == 0
-    agent.world_model.reward_head.forward = lambda feat: feat[..., 0]
+    agent.world_model.reward_head.forward = lambda feat: director.Symlog(feat[..., 0])
     agent.world_model.cont_head.forward = lambda feat: feat[..., 1]
     traj = agent.imagine({**starts_at(deter, stoch), "is_terminal": end})
     assert {len(x) for x in traj.values()} == {3}
@@ -114,7 +114,8 @@ def test_planning_finds_the_way_that_replay_never_took():
         model = agent.world_model
         model.rssm.img_step = lambda deter, stoch, action: (
             torch.cat([action, deter[..., 5:]], -1), stoch)
-        model.reward_head.forward = lambda feat: 2 * feat[..., 3]  # the fourth action
+        # The fourth action is rewarded.
+        model.reward_head.forward = lambda feat: director.Symlog(2 * feat[..., 3])
         model.cont_head.forward = lambda feat: -9 + 0 * feat[..., 0]  # one step, and it ends
         gen = torch.manual_seed(0)
         for _ in range(60):

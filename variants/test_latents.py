@@ -102,7 +102,8 @@ def test_hdreamer_goes_on_with_a_run_of_director_and_first_acts_as_it_did(
                 outs += agent.world_model.decoder(feat).values()
                 for player in agent.players.values():
                     seen = player.feat(traj)
-                    outs += [x(seen) for x in (*player.critics.values(), *player.slow.values())]
+                    critics = (*player.critics.values(), *player.slow.values())
+                    outs += [critic(seen).pred for critic in critics]
             found.append(outs)
         for flat, made in zip(*found, strict=True):
             close(made, flat, rtol=1e-6, atol=1e-6)

@@ -68,8 +68,8 @@ def two_states(table, **flags):
     """An agent whose slow critic has these Q, and whose advantages are taken as they are."""
     agent = make_variant(options.Agent, options=2, discount=DISCOUNT, **flags)
     worker = agent.worker
-    worker.slow["extr"].forward = lambda feat: director.symlog(
-        torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table)))
+    worker.slow["extr"].forward = lambda feat: director.Symlog(director.symlog(
+        torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table))))
     worker.gapnorm.forward = lambda x, update=True: x
     logits = tensor(np.log(PICK))
     worker.over.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], logits)
@@ -162,8 +162,8 @@ def test_rewards_of_any_size_teach_the_same_ends_and_picks():
         agent = make_variant(options.Agent, options=2, option_entropy=0.1, option_cost=0.2)
         traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))
         old = agent.worker.slow["extr"].forward
-        agent.worker.slow["extr"].forward = lambda feat, size=size, old=old: director.symlog(
-            size * old(feat))
+        agent.worker.slow["extr"].forward = lambda feat, size=size, old=old: director.Symlog(
+            director.symlog(size * old(feat).pred))
         traj["reward_extr"] = size * traj["reward_extr"]
         for name in ("end", "over"):
             agent.worker.optimizers[name].minimize = (
@@ -268,7 +268,8 @@ def test_options_learn_to_end_where_another_is_worth_more():
         agent = make_variant(options.Agent, options=2, learning_rate=1e-2, discount=DISCOUNT,
                      option_cost=cost, option_entropy=0.01)
         worker, feats = agent.worker, torch.eye(32)[:2]
-        worker.slow["extr"].forward = lambda feat: (feat[..., :2] * feat[..., -2:]).sum(-1)
+        worker.slow["extr"].forward = lambda feat: director.Symlog(
+            (feat[..., :2] * feat[..., -2:]).sum(-1))
         traj, *_ = every_way(2)
         for _ in range(100):
             traj["pick"] = worker.pick(worker.feat(traj)[..., :-2]).probs.detach()

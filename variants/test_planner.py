@@ -20,6 +20,11 @@ from variants import (
 )
 
 
+def prediction(mean):
+    """What a head returns that predicts this mean."""
+    return director.Symlog(director.symlog(mean))
+
+
 def test_tree_search_tries_first_what_the_prior_prefers():
     def options(state):
         return torch.eye(3).expand(2, -1, -1), tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])
@@ -120,10 +125,10 @@ def test_tree_search_weighs_moves_by_values_and_not_by_single_returns():
 def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_single_steps(flat):
     agent = make_variant(planner.Agent, agent="dreamer" if flat else "director", discount=0.8,
                  planner="mcts", goal_duration=4, horizon=4)
-    agent.world_model.reward_head.forward = lambda feat: director.symlog(torch.ones(len(feat)))
+    agent.world_model.reward_head.forward = lambda feat: prediction(torch.ones(len(feat)))
     agent.world_model.cont_head.forward = lambda feat: torch.full((len(feat),), math.log(9))  # 0.9
     player = agent.worker if flat else agent.manager
-    player.critics["extr"].forward = lambda feat: director.symlog(torch.full((len(feat),), 3.0))
+    player.critics["extr"].forward = lambda feat: prediction(torch.full((len(feat),), 3.0))
     start = {"deter": torch.randn(2, 16), "stoch": torch.randn(2, 16)}
     move, prior = agent.options(start)
     assert move.shape == ((2, 5, 5) if flat else (2, 8, 64))
@@ -170,7 +175,7 @@ def test_search_finds_the_action_that_the_model_rewards(way):
                  simulations=30, tried=16)
     agent.world_model.rssm.img_step = lambda deter, stoch, action: (
         F.pad(action, (0, 11)), stoch)
-    agent.world_model.reward_head.forward = lambda feat: feat[:, 2]
+    agent.world_model.reward_head.forward = lambda feat: director.Symlog(feat[:, 2])
     # The worker obeys goals: it takes the largest of their first five numbers.
     agent.worker.actor.forward = lambda feat: 50 * feat[:, -16:-11]
     code = agent.goals.decode.out.weight.data
