@@ -25,6 +25,7 @@ from conftest import (
 from variants import (
     diayn,
     disagreement,
+    dreamer_v3,
     dyna_q,
     feudal,
     gaussian,
@@ -52,6 +53,8 @@ VARIANTS = [  # agent, flags
     (planner.Agent, {"planner": "mcts", "simulations": 4}),
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
     (gaussian.Agent, {}),
+    (dreamer_v3.Agent, {"warmup": 0}),
+    (dreamer_v3.Agent, {"warmup": 0, "agent": "dreamer", "rms_silu": "no"}),
     (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0}),
     (hac.Agent, {"horizon": 32}), (hac.Agent, {"hindsight": 0.5, "middle_extr": 0.5}),
     (dyna_q.Agent, {}), (dyna_q.Agent, {"planning": 0}),
@@ -159,6 +162,9 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (options.Agent, ["--worker_extr=0.5"], "--worker_extr has no effect here: there are no goals"),
     (options.Agent, ["--skill_groups=4"], "--skill_groups has no effect here: there are no goals"),
     (options.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'"),
+    (dreamer_v3.Agent, ["--kl_target=2"], "--kl_target has no effect here: with --latents yes"),
+    (dreamer_v3.Agent, ["--slow_every=50"], "--slow_every has no effect here: with --critic_ema"),
+    (dreamer_v3.Agent, ["--laprop=no", "--warmup=5"], "--warmup has no effect here: it is LaP"),
     (hac.Agent, ["--top_duration=3"], "--horizon: no multiple of --goal_duration * --top_duration"),
     (hac.Agent, ["--hindsight=2"], "must be from 0 to 1"),
     (hac.Agent, ["--agent=dreamer"], "invalid choice: 'dreamer'")])
