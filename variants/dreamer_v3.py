@@ -15,28 +15,35 @@ used.
                   adaptive scale. Each of its two terms is clipped, so that below 1 nat (summed over
                   the groups) it has no gradient:
                   max(1, KL(sg(post) || prior)) + 0.1 max(1, KL(post || sg(prior)))
---two_hot         Rewards and values are categorical over 255 bins, symexp(-20..20). The target is
-                  the two bins next to the number, the prediction is the mean. At first it is 0.
---percentiles     The actor's advantage is (R - v) / max(floor, P95 - P5), summed over rewards. P5
-                  and P95 are percentiles of the returns, averaged over train steps with a decay of
-                  0.99. The floor is 1 for the task reward. It is 0.1 for exploration and goals,
-                  whose returns are small: with a floor of 1 they would count for little. Neither
-                  returns nor the score are divided by their standard deviations any more.
---critic_ema      Returns use the critics themselves, not slow copies. Each critic also learns to
-                  predict what the exponential mean of its weights predicts (2% of the weights are
-                  replaced per step).
---rms_silu        RMSNorm and SiLU in place of layer norm and ELU.
---laprop          LaProp in place of Adam, without weight decay. Each tensor's gradient is clipped
-                  to 0.3 of the norm of its weights. The learning rate is 0.4 of Director's (4e-5 at
-                  size paper), and it rises linearly over the first 1,000 steps (--warmup).
+--two_hot         Rewards and values are categorical over 255 bins b = symexp(-20..20). A target y
+                  is divided between the bins b[k] <= y <= b[k+1] so that its mean is y. The
+                  prediction is the mean, sum_k p[k] b[k]. The weights of output layers start at 0,
+                  so the first prediction is exactly 0.
+--percentiles     The actor's score is sum_i w_i (R_i - v_i) / max(floor_i, P95_i - P5_i) over its
+                  rewards i with Director's weights w. P5 and P95 are moving averages of the
+                  percentiles of the returns in a batch (decay 0.99, from 0, without bias
+                  correction). The floor is 1 for the task reward. It is 0.1 for exploration and
+                  goals, whose returns are small: a floor of 1 would switch them off. Director's
+                  own normalizations of returns and of the score are off.
+--critic_ema      Returns use the critics v themselves, not slow copies. Each critic has a second
+                  loss, of the same form, towards the prediction of v' whose weights psi' follow
+                  those of v: psi' <- 0.98 psi' + 0.02 psi.
+--rms_silu        RMSNorm and SiLU in place of layer norm and ELU. Linear layers get biases, since
+                  an RMSNorm has none.
+--laprop          LaProp in place of Adam, without weight decay. The gradient of each tensor w is
+                  clipped to a norm of at most 0.3 max(|w|, 0.001). The learning rate is 0.4 times
+                  Director's (4e-5 at size paper) unless --learning_rate is given, and rises
+                  linearly over the first 1,000 steps (--warmup).
 
 What stays Director's: the adaptive scale of the entropy, gradients of a continuous worker through
-the dynamics, the goal autoencoder on `deter`, goals of 8 steps, and the max-cosine reward.
+the dynamics, the goal autoencoder on `deter`, goals of 8 steps, the max-cosine reward; the order of
+updates (world model, goals, critics, actors; the official code makes one step of all); sizes,
+depths and initial weights of networks, the norm before the recurrent unit's gates, its learned
+first state; 16 imagined steps; the distribution of continuous actions; uniform replay.
 
 What is left out: critics that also learn from replayed states; REINFORCE for continuous workers;
-the block-diagonal recurrent network and larger convolutional networks, because Director's own
-should be comparable; symlog inputs; the discount of 1 - 1/333, because Director's manager discounts
-once per decision.
+the block-diagonal recurrent network; symlog of vector observations; the discount of 1 - 1/333,
+because Director's manager discounts once per decision.
 """
 
 import copy
@@ -84,14 +91,18 @@ class Config(director.Config):
 
 
 class RSSM(director.RSSM):
-    """All logits include the uniform mixing."""
+    """Logits are log probabilities after the uniform mixing."""
+
+    def __init__(self, embed: int, action: int, config: Config):
+        super().__init__(embed, action, config)
+        self.unimix = 0.01 if config.latents == "yes" else 0.0
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
-        return OneHot(super().prior(deter), unimix=0.01).logits
+        return OneHot(super().prior(deter), self.unimix).logits
 
     def posterior(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.post_net(torch.cat([deter, embed], -1)).float()
-        dist = OneHot(logits.unflatten(-1, self.groups), unimix=0.01)
+        dist = OneHot(logits.unflatten(-1, self.groups), self.unimix)
         return dist.rsample().flatten(-2), dist.logits
 
 
@@ -106,10 +117,7 @@ def free_bits_kl(post: Tensor, prior: Tensor) -> Tensor:
 
 
 class TwoHot:
-    """A number [...] that is predicted as a categorical over 255 bins, from logits [..., 255].
-
-    A target between two bins is these two, with weights in proportion to its nearness.
-    """
+    """A number [...] that is predicted as a categorical over 255 bins, from logits [..., 255]."""
 
     def __init__(self, logits: Tensor):
         self.log_probs = logits.log_softmax(-1)
@@ -124,11 +132,11 @@ class TwoHot:
         return (negative.flip(-1) + positive).sum(-1) + zero.squeeze(-1)
 
     def loss(self, target: Tensor) -> Tensor:
-        """Cross entropy with the two-hot target, [...]."""
+        """Cross entropy with the two-hot target, [...]; its upper bin has this weight."""
         target = target.detach().clamp(self.bins[0], self.bins[-1])
-        above = torch.searchsorted(self.bins, target).clamp(min=1)
+        above = torch.searchsorted(self.bins, target).clamp(1, 254)
         below = above - 1
-        weight = (target - self.bins[below]) / (self.bins[above] - self.bins[below])  # of above
+        weight = (target - self.bins[below]) / (self.bins[above] - self.bins[below])
         log_below = self.log_probs.gather(-1, below[..., None]).squeeze(-1)
         log_above = self.log_probs.gather(-1, above[..., None]).squeeze(-1)
         return -((1 - weight) * log_below + weight * log_above)
@@ -149,19 +157,26 @@ class TwoHotHead(director.MLP):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Over the features of [..., C], or over the channels of images [N, C, h, w]."""
+    """Over the features of [..., C], or over the channels of images [N, C, h, w].
+
+    It first adds the bias that Director's linear layers and convolutions do not have.
+    """
+
+    def __init__(self, features: int):
+        super().__init__(features, eps=1e-4)
+        self.bias = nn.Parameter(torch.zeros(features))
 
     def forward(self, x: Tensor) -> Tensor:  # in float32, as director.Norm
-        if x.ndim == 4:
-            return super().forward(x.movedim(1, -1).float()).to(x.dtype).movedim(-1, 1)
-        return super().forward(x.float()).to(x.dtype)
+        channels = 1 if x.ndim == 4 else -1
+        features = x.movedim(channels, -1).float()
+        return super().forward(features + self.bias).to(x.dtype).movedim(-1, channels)
 
 
 def use_rms_silu(module: nn.Module):
     """Replace every layer norm by an RMSNorm and every ELU by a SiLU, in all submodules."""
     for name, child in module.named_children():
         if isinstance(child, director.Norm):
-            setattr(module, name, RMSNorm(child.normalized_shape, eps=1e-4))
+            setattr(module, name, RMSNorm(*child.normalized_shape))
         elif isinstance(child, nn.ELU):
             setattr(module, name, nn.SiLU())
         else:
@@ -202,24 +217,24 @@ class LaProp(torch.optim.Optimizer):
             state["step"] = torch.zeros(())
             state["square"] = torch.zeros_like(param)
             state["momentum"] = torch.zeros_like(param)
-        gradient = param.grad
-        gradient = gradient / (gradient.norm() / (0.3 * param.norm().clamp(min=1e-3))).clamp(min=1)
-        steps = int(state["step"]) + 1
         state["step"] += 1
+        t = int(state["step"])
+        largest = 0.3 * param.norm().clamp(min=1e-3)
+        gradient = param.grad / (param.grad.norm() / largest).clamp(min=1)
         square = state["square"].lerp_(gradient**2, 1 - 0.999)
-        normalized = gradient / ((square / (1 - 0.999**steps)).sqrt() + 1e-20)
+        normalized = gradient / ((square / (1 - 0.999**t)).sqrt() + 1e-20)
         momentum = state["momentum"].lerp_(normalized, 1 - 0.9)
-        warm = min(1.0, (steps - 1) / self.warmup) if self.warmup else 1.0
-        param.sub_(momentum / (1 - 0.9**steps), alpha=learning_rate * warm)
+        warm = min(1.0, (t - 1) / self.warmup) if self.warmup else 1.0
+        param.sub_(momentum / (1 - 0.9**t), alpha=learning_rate * warm)
 
 
 # ---- Models and players ---------------------------------------------------------------------
 
 
 class WorldModel(director.WorldModel):
+    RSSM = RSSM
 
     def __init__(self, obs_space: spaces.Dict, action: int, config: Config):
-        self.RSSM = RSSM if config.latents == "yes" else director.RSSM
         super().__init__(obs_space, action, config)
         self.free_bits = config.latents == "yes"
         if config.two_hot == "yes":
@@ -252,15 +267,15 @@ class PercentileScale(nn.Module):
         self.register_buffer("percentiles", torch.zeros(2))
 
     def forward(self, x: Tensor, update: bool = True) -> Tensor:
-        """With `update`, the mean percentiles include those of x already."""
+        """With `update`, the percentiles of x go into the averages first."""
         if update:
             levels = torch.tensor([0.05, 0.95], device=x.device)
             found = torch.quantile(x.detach().float().flatten(), levels)
             self.percentiles.lerp_(director.all_reduce_mean([found])[0], 0.01)
-        return x / self.range.clamp(min=self.floor)
+        return x / self.spread.clamp(min=self.floor)
 
     @property
-    def range(self) -> Tensor:
+    def spread(self) -> Tensor:
         return self.percentiles[1] - self.percentiles[0]
 
 
@@ -276,7 +291,7 @@ class ActorCritic(director.ActorCritic):
             use_rms_silu(self.critics)
         self.slow = copy.deepcopy(self.critics).requires_grad_(False)
         if config.critic_ema == "yes":
-            self.critic_means = copy.deepcopy(self.slow)
+            self.ema_critics = copy.deepcopy(self.slow)
         if config.percentiles == "yes":
             floors = {name: 1.0 if name == "extr" else 0.1 for name in rewards}
             self.returnnorm = nn.ModuleDict(
@@ -289,23 +304,25 @@ class ActorCritic(director.ActorCritic):
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         ema = self.config.critic_ema == "yes"
-        if ema:  # returns use the critics as they are before this step
+        if ema:
+            # `returns` reads self.slow. Here it is a copy of the critics as they are before this
+            # step. A continuous actor back-propagates through it after the critics have changed.
             self.slow.load_state_dict(self.critics.state_dict())
         metrics = super().learn(traj, copy_slow and not ema)
         if ema:
             with torch.no_grad():
-                pairs = zip(self.critic_means.parameters(), self.critics.parameters(), strict=True)
-                for mean, weight in pairs:
-                    mean.lerp_(weight, 0.02)
+                pairs = zip(self.ema_critics.parameters(), self.critics.parameters(), strict=True)
+                for average, weight in pairs:
+                    average.lerp_(weight, 0.02)
         if self.config.percentiles == "yes":
             for name, scale in self.returnnorm.items():
-                metrics[f"{name}_return_range"] = scale.range
+                metrics[f"{name}_return_range"] = scale.spread
         return metrics
 
     def critic_loss(self, name: str, pred, feat: Tensor, ret: Tensor) -> Tensor:
         loss = pred.loss(ret)
         if self.config.critic_ema == "yes":
-            loss = loss + pred.loss(self.critic_means[name](feat).mean)
+            loss = loss + pred.loss(self.ema_critics[name](feat).mean)
         return loss
 
 

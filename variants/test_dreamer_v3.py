@@ -4,6 +4,7 @@ Numbers that are called official are outputs of the official program for these i
 (danijar/dreamerv3 at e3f0224, float32).
 """
 
+import copy
 import math
 
 import numpy as np
@@ -30,6 +31,7 @@ def test_two_hot_losses_and_means_are_the_official_ones():
     close(dist.loss(tensor(target)), [
         0.0, 8.911588, 10.49939, 11.50448, 16.99583, 11.50912, 13.94074, 0.0, 0.0, 3.087795],
         rtol=1e-4)
+    assert dist.loss(tensor([math.nan] * 10)).isnan().all()
     close(dist.mean, [
         3.741804e-06, -7.678866e-06, -0.3702202, 0.8774511, 6.746513, -130.8797, 9262.699,
         -485165200.0, 485165200.0, 338.2615], atol=1e-4)
@@ -65,6 +67,25 @@ def test_the_kl_with_free_bits_is_the_official_one_and_has_no_gradient_below_a_n
                                -0.186865, -0.0009925168, 0.2313281], atol=1e-6)
 
 
+def test_an_agent_uses_each_technique_or_directors_own():
+    rng = np.random.default_rng(0)
+    for use in (True, False):
+        agent = make_variant(dreamer_v3.Agent, **({} if use else NONE))
+        heads = [agent.world_model.reward_head, *agent.manager.critics.values(),
+                 *agent.worker.critics.values(), *agent.worker.slow.values()]
+        kind = dreamer_v3.TwoHotHead if use else director.ScalarHead
+        assert {type(head) for head in heads} == {kind}
+        kind = dreamer_v3.LaProp if use else director.Optimizer
+        assert {type(x) for x in agent.optimizers.values()} == {kind}
+        states = {key: tensor(5 * rng.normal(size=(2, 6, 4, 4))) for key in ("post", "prior")}
+        loss, metrics = agent.world_model.kl_loss(states)
+        kl = director.balanced_kl(states["post"], states["prior"], 0.8)
+        close(metrics["kl"], kl.mean())
+        close(loss, 1.1 * kl if use else kl)  # Director's scale is 1 at first
+        norms = [x for x in agent.modules() if isinstance(x, dreamer_v3.RMSNorm)]
+        assert bool(norms) == use and all(norm.eps == 1e-4 for norm in norms)
+
+
 def test_latents_are_mixed_with_the_uniform_distribution():
     rssm = make_variant(dreamer_v3.Agent, classes=4).world_model.rssm
     for net in (rssm.prior_net, rssm.post_net):
@@ -82,7 +103,7 @@ def test_percentile_ranges_are_the_official_ones_and_each_reward_has_its_floor()
     scale, ranges, divisors = dreamer_v3.PercentileScale(floor=1.0), [], []
     for x in batches:
         divisors.append(float((x / scale(x)).mean()))
-        ranges.append(float(scale.range))
+        ranges.append(float(scale.spread))
     close(ranges, [0.001959121, 0.1963856, 0.9843131, 2.902024, 10.74971, 11.03388], rtol=1e-4)
     close(divisors, [1, 1, 1, 2.902024, 10.74971, 11.03388], rtol=1e-4)
     close(scale(batches[0], update=False), batches[0] / 11.03388)
@@ -123,7 +144,7 @@ def test_laprop_with_adaptive_clipping_and_warm_up_makes_the_official_steps():
 
 
 def test_rms_norm_is_the_official_one_and_replaces_every_layer_norm():
-    norm = dreamer_v3.RMSNorm(5, eps=1e-4)
+    norm = dreamer_v3.RMSNorm(5)
     norm.weight.data = tensor([0.5, 1, 1.5, 2, -1])
     close(norm(tensor(3 * np.sin(np.arange(10)).reshape(2, 5))).flatten(), [
         0.0, 1.289964, 2.090912, 0.4326702, 1.160168, -0.6677296, -0.3891319, 1.372442, 2.755687,
@@ -140,8 +161,8 @@ def test_returns_use_the_critics_of_before_the_step_and_critics_follow_their_mea
         **NONE, "critic_ema": "yes"}, discount=0.9, lam=0.5)
     worker, critic = agent.worker, agent.worker.critics["extr"]
     before = {key: x.clone() for key, x in critic.state_dict().items()}
-    worker.critic_means["extr"].out.bias.data.fill_(2.0)
-    means = {key: x.clone() for key, x in worker.critic_means["extr"].state_dict().items()}
+    worker.ema_critics["extr"].out.bias.data.fill_(2.0)
+    means = {key: x.clone() for key, x in worker.ema_critics["extr"].state_dict().items()}
     traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))
     feat = worker.feat(traj)
     with torch.no_grad():
@@ -150,15 +171,21 @@ def test_returns_use_the_critics_of_before_the_step_and_critics_follow_their_mea
             traj["reward_extr"], pred.mean, 0.9 * traj["cont"][1:], 0.5)
         weight = director.trajectory_weights(traj["cont"], 0.9)[:-1]
         pred = director.Symlog(pred.pred[:-1])
-        mean = worker.critic_means["extr"](feat[:-1]).mean
+        mean = worker.ema_critics["extr"](feat[:-1]).mean
         expected = ((pred.loss(ret) + pred.loss(mean)) * weight).mean()
+        score = director.Normalizer("std", 0.999, 1e2)(ret)  # its first step divides by the std
+        score = score - pred.mean / ret.std(correction=0)
+        score = (score - score.mean()) / score.std(correction=0)
     worker.slow["extr"].out.bias.data.fill_(7.0)  # of no importance
-    metrics = worker.learn(traj, copy_slow=False)
+    scores, train_actor = [], worker.train_actor
+    worker.train_actor = lambda *args: scores.append(args[-1]) or train_actor(*args)
+    metrics = worker.learn(traj, copy_slow=True)
     close(metrics["extr_critic_loss"], expected)
     close(metrics["extr_return"], ret.mean())
+    close(scores[0], score, rtol=1e-4, atol=1e-5)
     for key, after in critic.state_dict().items():
         assert not torch.equal(after, before[key])
-        close(worker.critic_means["extr"].state_dict()[key],
+        close(worker.ema_critics["extr"].state_dict()[key],
               0.98 * means[key] + 0.02 * after, atol=1e-6)
 
 
@@ -181,21 +208,53 @@ def test_the_advantage_is_divided_by_the_range_and_not_standardized():
 @pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE], ids=short_name)
 def test_without_its_techniques_the_agent_is_director(space):
     agent = make_variant(dreamer_v3.Agent, space, **NONE)
-    rng = np.random.default_rng(0)
-    actions = agent.sizes["action"]
-    batch = {"image": rng.integers(0, 256, (2, 16, 64, 64, 3), np.uint8),
-             "action": np.eye(actions, dtype=np.float32)[rng.integers(actions, size=(2, 16))],
-             "reward": rng.normal(size=(2, 16)).astype(np.float32)}
-    batch |= {key: np.zeros((2, 16), bool) for key in ("is_first", "is_last", "is_terminal")}
+    batches = list(small_batches(agent.sizes["action"], 2))
     original = make_variant(director.Director, space)
     original.load_state_dict(agent.state_dict())
     found = []
     for each in (agent, original):
         torch.manual_seed(1)
-        found.append([each.train_step(batch) for _ in range(2)])
+        found.append([each.train_step(batch) for batch in batches])
     assert found[0][1].keys() == found[1][1].keys()
     for key, value in found[0][1].items():
         close(value, found[1][1][key], rtol=1e-6)
+
+
+def small_batches(actions, count):
+    rng = np.random.default_rng(0)
+    shape = (2, 16)
+    for _ in range(count):
+        batch = {"image": rng.integers(0, 256, (*shape, 64, 64, 3), np.uint8),
+                 "action": np.eye(actions, dtype=np.float32)[rng.integers(actions, size=shape)],
+                 "reward": rng.normal(size=shape).astype(np.float32)}
+        yield batch | {key: np.zeros(shape, bool) for key in ("is_first", "is_last", "is_terminal")}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_restored_agent_goes_on_as_if_it_had_not_been_interrupted(precision):
+    def make():
+        return make_variant(dreamer_v3.Agent, CONTINUOUS, precision=precision, warmup=5)
+
+    batches = list(small_batches(3, 4))
+    agents = [make()]
+    found = []
+    for i, batch in enumerate(batches):
+        torch.manual_seed(i)
+        metrics = agents[0].train_step(batch)
+        assert all(value.isfinite() for value in metrics.values())
+        if i == 1:
+            state = {"agent": agents[0].state_dict(), "grad_steps": 2, "variant": "dreamer_v3",
+                     "optimizers": {k: x.state_dict() for k, x in agents[0].optimizers.items()}}
+            agents.append(make())
+            agents[1].restore(copy.deepcopy(state))
+        found.append(metrics)
+    for i in (2, 3):
+        torch.manual_seed(i)
+        metrics = agents[1].train_step(batches[i])
+        for key, value in metrics.items():
+            close(value, found[i][key], rtol=1e-6)
+    for a, b in zip(agents[0].parameters(), agents[1].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_learning_rate_is_0_4_of_directors_unless_it_is_given():
@@ -203,4 +262,3 @@ def test_the_learning_rate_is_0_4_of_directors_unless_it_is_given():
         {"size": "paper"}, {"size": "xs"}, {"size": "xs", "laprop": "no"},
         {"size": "xs", "learning_rate": 3e-4})]
     close(rates, [4e-5, 1.6e-4, 4e-4, 3e-4])
-    assert math.isclose(rates[0], 4e-5)
