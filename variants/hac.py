@@ -1,31 +1,38 @@
-"""Three levels: a manager of managers, after Hierarchical Actor-Critic (HAC).
+"""Three levels, after Hierarchical Actor-Critic (HAC); its hindsight actions are optional.
 
 Paper: Learning Multi-Level Hierarchies with Hindsight (Levy, Konidaris, Platt, Saenko, 2019).
 
     python -m variants.hac --task pinpad_three [--top_duration 4] [--hindsight 1]
 
 Idea: every level but the lowest acts by setting goals for the level below, at its own pace, and is
-rewarded for reaching the goal from above. Such levels are hard to train together, since a goal has
-another effect once the level below has learned. HAC therefore learns from *hindsight actions*: it
-pretends that the state that was reached is the goal that was set.
+rewarded for reaching the goal from above. Such levels are hard to train together: what a level's
+action leads to depends on the policy of the level below, which changes while it learns. HAC
+therefore learns from *hindsight actions*: the action (a goal) of level i is replaced by the state
+that level i - 1 reached.
 
 What changes:
 - Director's manager becomes the middle level. It sets the worker's goals every K steps, as before,
   but reads a goal of the top level and is rewarded only for reaching that: by the max-cosine
-  (Director's eq. 8) of that goal and the state K steps later.
+  (Director's eq. 8) of that goal and the state in which the worker's goal ends, K steps later.
 - The top level sets a goal every K * `--top_duration` steps. It alone is rewarded for the task and
-  for novelty, since in HAC, too, a lower level knows only its goal.
+  for novelty, the error of its own autoencoder. In HAC, the goal of the highest level is the task's
+  goal; as there, a lower level knows only its goal.
 - Each of these two levels has its own goal autoencoder. Both learn all replayed states.
-- All levels have one `--discount`, for each decision of the level, so that the top level looks
-  K * `--top_duration` times as far ahead as the worker.
-- With `--hindsight 1` a level learns as if it had picked the code to which its autoencoder encodes
-  the state that was reached; with a smaller number, in that fraction of trajectories. HAC's DDPG is
-  off-policy and may do that. REINFORCE is on-policy, and nothing corrects for it: in experiments
-  the middle level then no longer pursues the goals of the top. So it is off by default.
+- Each level discounts by `--discount` per decision of its own. In environment steps, the top level
+  looks K * `--top_duration` times as far ahead as the worker. With the default `--horizon` it makes
+  one decision per imagined trajectory, so its return is r + discount * v.
+- With `--hindsight p`, in a fraction p of trajectories the action in s[t] is replaced by a code of
+  the state that was reached, drawn from encode(s[t+1]). REINFORCE then raises the probability of an
+  action that the policy did not take, and nothing corrects for it, while HAC's DDPG is off-policy.
+  In experiments the middle level then no longer pursues the goals of the top. So p is 0 by default,
+  and what remains of HAC are its levels.
 
-What is left out: subgoal testing, a penalty for goals that the level below has missed (here goals
-are decoded codes of replayed states); hindsight goal transitions, which pretend that the goal from
-above was the state reached in the end (for sparse rewards); that a goal ends when it is reached.
+HAC's H, the number of actions per goal, is K for the worker and `--top_duration` for the middle.
+
+What is left out: subgoal testing, a penalty for goals that the level below has missed (here the
+decoder has learned from replayed states, which should keep goals reachable); hindsight goal
+transitions, in which the goal from above becomes the state reached in the end (for sparse rewards);
+that a goal ends when it is reached.
 """
 
 import dataclasses
@@ -97,10 +104,9 @@ class Agent(director.Director):
         return self.top_goals.novelty(traj["deter"][1:])
 
     def reward_reach(self, traj: dict[str, Tensor]) -> Tensor:
-        """How close the states at the ends of middle goals are to the top's goal, [H, N].
+        """r = max_cosine(g_top, s[t+K]) at the last step of each middle goal, else 0: [H, N].
 
-        It is 0 in other steps, and K-fold there, since the middle level's reward is the mean of K
-        steps.
+        It is K-fold there, because `abstract_trajectory` takes the mean over K steps.
         """
         k = self.config.goal_duration
         reward = director.max_cosine(traj["top_goal"][:-k:k], traj["deter"][k::k])  # [H/K, N]
@@ -109,14 +115,16 @@ class Agent(director.Director):
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The middle acts every K steps and learns one trajectory for each goal of the top."""
         players = super().player_trajectories(traj)
-        duration = self.config.top_duration  # in actions of the middle
+        duration = self.config.top_duration  # decisions of the middle for each goal of the top
         middle = self.relabel(players["manager"], self.goals)
-        middle["goal"] = middle["top_goal"]  # split_trajectory treats it as the goal pursued
+        # split_trajectory sets the last entry of "goal" to the goal that was pursued. Here this is
+        # the top's.
+        middle["goal"] = middle["top_goal"]
         middle = director.split_trajectory(middle, duration)
         middle["top_goal"] = middle["goal"]
         players["manager"] = middle
         top = {key: value.detach() for key, value in traj.items()}
-        top["skill"] = top["top_skill"]
+        top["skill"] = top["top_skill"]  # which abstract_trajectory takes as the action
         top = director.abstract_trajectory(top, self.config.goal_duration * duration)
         players["top"] = self.relabel(top, self.top_goals)
         return players
@@ -128,7 +136,7 @@ class Agent(director.Director):
             reached = goals.encode(traj["deter"][1:]).rsample().flatten(-2)  # [n, N, GL]
         chosen = torch.rand_like(traj["cont"][0, :, None]) < self.config.hindsight  # [N, 1]
         action = torch.where(chosen, reached, traj["action"][:-1])
-        last = traj["action"][-1:]  # has no reward
+        last = traj["action"][-1:]  # of the state at the end, where nothing is learned
         return {**traj, "action": torch.cat([action, last])}
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +145,8 @@ class Agent(director.Director):
         k = self.config.goal_duration
         duration = k * self.config.top_duration
         shift = traj["top_goal"].shape[1] // 2
-        other = self.reward_reach({**traj, "top_goal": traj["top_goal"].roll(shift, 1)})
+        with torch.no_grad():
+            other = self.reward_reach({**traj, "top_goal": traj["top_goal"].roll(shift, 1)})
         metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean() / k
         metrics["reach_other"] = other[duration - 1 :: duration].mean() / k
         return metrics

@@ -5,25 +5,29 @@ Paper: Hindsight Experience Replay (HER; Andrychowicz et al., 2017).
     python -m variants.hindsight --task pinpad_three [--her 0]
 
 Idea: if a goal is rewarded only where it is reached, an untrained worker hardly ever gets a reward.
-But it reached some states. So each transition is learned with its own goal and also with `--her`
-states that came later in its replay chunk as goals, with the rewards that these goals would have
-brought (Algorithm 1; strategy "future" of Section 4.5).
+But it reached some states. So each replayed transition (s, a, s') is learned with 1 + k goals g:
+one of the manager's, and k = `--her` states that came later in the same episode and chunk
+(Algorithm 1; strategy "future" of Section 4.5). The rewards are those that these goals bring.
 
-What changes: the worker, since relabelled experience is off-policy. From replayed transitions s, a,
-s' it learns Q(s, g, a) by squared error towards
+What changes: the worker, since such experience is off-policy. It learns Q(s, g, a) by squared error
+towards
 
-    r + (1 - r) (1 - 1/K) cont clip(max over a' of Q_slow(s', g, a'), 0, 1)
+    y = r + (1 - r) gamma clip(Q_slow(s', g, pi_slow(s', g)), 0, 1),   gamma = (1 - 1/K) (1 - end')
 
-with r = 1 if max_cosine(g, s') > `--reached`, else 0, and cont = 0 if s' is terminal, else 1. A
-goal ends when it is reached, and with probability 1/K in each step, since Q does not know how long
-the goal has lasted. Discrete actions are epsilon-greedy. Continuous ones come from an actor with
-Gaussian noise; the actor maximises Q_slow (in DDPG, Q). A transition's own goal is one that the
-manager would set in s now: goals that it set earlier were states of an older world model. The
-manager learns in imagination, as before.
+with r = 1 if max_cosine(g, s') > `--reached`, else 0; end' = 1 if s' is terminal. A goal ends when
+it is reached. That it also ends after K steps is approximated by an end with probability 1/K in
+each step, since Q does not know how long the goal has lasted. So `--discount` and `--lam` are the
+manager's alone. The slow networks are copied every `--slow_every` steps.
+- Discrete actions: pi is the action of the largest Q, and acting is epsilon-greedy (DQN).
+- Continuous actions: pi is an actor that maximises Q_slow(s, g, pi(s, g)) and acts with Gaussian
+  noise. (DDPG's actor maximises Q, and its slow networks are moving averages.)
+- The manager's goal is drawn from the present manager in s, not the goal that was pursued when a
+  was taken, because old goals are points in the latent space of an older world model.
+The manager learns in imagination, as before.
 
-What is left out: HER's rewards are -1 and 0, which is the same up to scale and offset; it clips the
-whole target to the values that are possible then, -1 / (1 - discount) to 0. HER also normalises
-inputs, penalises large actions, and mixes Gaussian with uniform noise.
+What is left out: HER's reward is 0 where g is reached, else -1, and reaching g does not end the
+episode; without terminal states this only scales and shifts Q. HER also clips the whole target,
+normalises inputs, penalises large actions, and mixes Gaussian with uniform noise.
 """
 
 import copy
@@ -40,14 +44,14 @@ from variants import refuse, same_episode
 def later_states(deter: Tensor, is_first: Tensor, amount: int) -> Tensor:
     """Random later states of each step's episode: [B, T, D], bool [B, T] -> [amount, B, T-1, D].
 
-    Where the next step is of another episode, the result has no meaning and has to be masked.
+    Where step t+1 begins another episode, row t has no meaning and has to be masked.
     """
     step = torch.arange(deter.shape[1], device=deter.device)
     starts = torch.where(is_first, step, len(step))  # T where no episode starts
     next_start = starts.flip(1).cummin(1).values.flip(1)  # the first start at or after each step
     steps_left = next_start[:, 1:] - step[1:]  # [B, T-1]
     random = torch.rand(amount, *steps_left.shape, device=step.device)
-    later = step[1:] + (random * steps_left).long()
+    later = step[1:] + (random * steps_left).long()  # uniform in t+1 .. next start - 1
     return deter[None].take_along_dim(later[..., None], 2)
 
 
@@ -81,7 +85,7 @@ class Worker(nn.Module):
 
     def dist(self, feat: Tensor) -> director.OneHot | torch.distributions.Normal:
         """The best action with noise; its mode is without."""
-        if self.discrete:
+        if self.discrete:  # almost one-hot, so that unimix is epsilon
             return director.OneHot(1e3 * self.best(feat), unimix=self.noise)
         return torch.distributions.Normal(self.best(feat), self.noise, validate_args=False)
 
@@ -92,7 +96,7 @@ class Config(director.Config):
     batch_length: int = director.flag(None, "steps in a replay chunk", low=2)
     her: int = director.flag(4, "later states as goals of each step", low=0, group="hindsight")
     reached: float = director.flag(0.95, "max-cosine at which a goal is reached", low=0, high=1)
-    noise: float = director.flag(0.2, "fraction of random actions, or their standard deviation",
+    noise: float = director.flag(0.2, "epsilon, or the standard deviation of continuous actions",
                                  low=0, high=0.999)
 
     def __post_init__(self):
@@ -134,23 +138,23 @@ class Agent(director.Director):
 
         # Goals, [1 + her, B, T-1, D]: the manager's, then states that came later.
         now = {key: states[key][:, :-1].flatten(0, 1) for key in ("deter", "stoch")}
-        own = self.goals.decode(self.sample_skill(now)).detach().view_as(deter[:, :-1])
-        goal = torch.cat([own[None], later_states(deter, is_first, config.her)])
+        with torch.no_grad():
+            manager_goal = self.goals.decode(self.sample_skill(now)).view_as(deter[:, :-1])
+        goal = torch.cat([manager_goal[None], later_states(deter, is_first, config.her)])
 
         # Transitions, [1 + her, B (T-1), ...]; the action of row t + 1 led from t to t + 1.
         state = torch.cat([deter, states["stoch"]], -1).expand(len(goal), -1, -1, -1)
         before = torch.cat([state[:, :, :-1], goal], -1).flatten(1, 2)
         after = torch.cat([state[:, :, 1:], goal], -1).flatten(1, 2)
         action = states["action"][:, 1:].flatten(0, 1).expand(len(goal), -1, -1)
-        reached = director.max_cosine(goal, deter[:, 1:]) > config.reached
-        r = reached.float().flatten(1)
-        cont = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
+        r = (director.max_cosine(goal, deter[:, 1:]) > config.reached).float().flatten(1)
+        gamma = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
 
-        max_q = slow.value(after, slow.best(after))
-        target = r + (1 - r) * cont * max_q.clamp(0, 1)
+        next_q = slow.value(after, slow.best(after))
+        target = r + (1 - r) * gamma * next_q.clamp(0, 1)
         loss = (worker.value(before, action) - target) ** 2
-        if not self.discrete:
-            loss = loss - slow.value(before, worker.best(before))  # trains the actor alone
+        if not self.discrete:  # -Q_slow(s, g, pi(s, g)); slow gets no gradients, so only pi moves
+            loss = loss - slow.value(before, worker.best(before))
         return (loss * same_episode(is_first, 1).flatten()).mean()
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
