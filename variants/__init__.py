@@ -11,7 +11,8 @@ from envs import UserError
 def refuse(config, names: tuple, reason: str):
     """UserError if a flag that an agent does not read was changed from its default."""
     for field in dataclasses.fields(config):
-        if field.name in names and getattr(config, field.name) != field.default:
+        default = config.sizes[config.size].get(field.name, field.default)
+        if field.name in names and getattr(config, field.name) != default:
             raise UserError(f"--{field.name} has no effect here: {reason}")
 
 
