@@ -110,6 +110,7 @@ class ReplayedAgain(dyna_q.Agent):
 
 
 TWO_LEVELS = ["--bottom_stoch=4", "--bottom_classes=4"]
+FREE_NATS = ["--free_nats=1", "--kl_target=1"]  # the target of size xs again, which is not read
 THREE_LEVELS = ["--horizon=32"]
 CORRIDOR = ["--task=gym_envs.grid:Corridor-v0", "--steps=1900"]
 LONG_CORRIDOR = ["--task=gym_envs.grid:LongCorridor-v0"]
@@ -137,6 +138,7 @@ AGENTS = {  # name: agent, flags
     "disagreement, flat": (disagreement.Agent, FLAT),
     "hdreamer": (hdreamer.Agent, TWO_LEVELS),
     "hdreamer, uncorrected": (Uncorrected, TWO_LEVELS),
+    "hdreamer, free nats": (hdreamer.Agent, [*TWO_LEVELS, *FREE_NATS]),
     "gaussian": (gaussian.Agent, []),
     "options": (options.Agent, []),
     "options, plain": (options.Agent, ["--option_entropy=0", "--option_cost=0"]),
@@ -160,6 +162,8 @@ AGENTS = {  # name: agent, flags
     "dyna_q, no planning": (dyna_q.Agent, ["--planning=0"]),
     "dyna_q, replayed again": (ReplayedAgain, []),
     "dyna_q, discount 0.9": (dyna_q.Agent, ["--discount=0.9"]),
+    "dyna_q, expand 3": (dyna_q.Agent, ["--expand=3"]),
+    "dyna_q, expand 5": (dyna_q.Agent, ["--expand=5"]),
     "dyna_q, corridor": (dyna_q.Agent, CORRIDOR),
     "dyna_q, corridor, no planning": (dyna_q.Agent, [*CORRIDOR, "--planning=0"]),
     "dyna_q, corridor, replayed again": (ReplayedAgain, CORRIDOR),
@@ -175,8 +179,8 @@ RARE = {  # name: agent, flags; see `learn_rare_states`
 LOGGED = (  # metrics of a run that go into its row, the first and the last of them
     "goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec", "manager_ent",
     "worker_ent", "manager_expl_reward", "worker_expl_reward", "kl", "coarse_kl", "fine_kl",
-    "state_loss", "reward_loss", "worker_option_length", "worker_pick_ent", "reach_last",
-    "reach_other", "top_ent", "top_extr_reward")
+    "coarse_kl_free", "fine_kl_free", "state_loss", "reward_loss", "worker_option_length",
+    "worker_pick_ent", "reach_last", "reach_other", "top_ent", "top_extr_reward")
 
 
 # ---- Runs, replays and states ---------------------------------------------------------------
@@ -340,6 +344,45 @@ def option_use(agent: options.Agent, players: int = 32) -> dict:
             "alone": alone}
 
 
+def value_errors(agent: dyna_q.Agent, players: int = 32, steps: int = 1000) -> dict[str, float]:
+    """How far Q(s, a) of greedy actions is from the return that they really obtain (dyna_q).
+
+    Player i makes i random steps first, so that states differ, then it acts greedily. States i to
+    59 are compared, those of an episode in training. Q does not count a time limit as an end, so
+    the returns go on after step 60: the grid is played for 1000 steps without its limit. (With a
+    discount of 0.99, the rewards that are still missing add less than 0.01.)
+
+    absolute, signed: means of |Q - return| and of Q - return. value, return: means of Q and of the
+    return. late_reward: mean reward per step after step 60, where training never was.
+    """
+    rng = np.random.default_rng(0)
+    envs = [Grid() for _ in range(players)]
+    obs = np.stack([env.reset()[0] for env in envs])
+    state = None
+    values, rewards, greedy = [], [], []
+    for t in range(steps):
+        action, state = agent.policy({"state": obs}, state, mode="eval")
+        with torch.no_grad():
+            q = director.symexp(agent.worker.q(agent.worker.feat(state)))
+        greedy.append(np.arange(players) <= t)
+        random_action = torch.eye(5)[rng.integers(5, size=players)]
+        action = torch.where(torch.as_tensor(greedy[-1])[:, None], action, random_action)
+        state["action"] = action
+        values.append((q * action).sum(-1).numpy())
+        indices = action.argmax(-1).tolist()
+        found = [env.step(index) for env, index in zip(envs, indices, strict=True)]
+        obs = np.stack([x[0] for x in found])
+        rewards.append([x[1] for x in found])
+    returns = np.zeros((steps + 1, players))
+    for t in reversed(range(steps)):
+        returns[t] = rewards[t] + agent.config.discount * returns[t + 1]
+    compared = np.stack(greedy)[:60]
+    value, ret = np.stack(values)[:60][compared], returns[:60][compared]
+    return {"absolute": np.abs(value - ret).mean(), "signed": (value - ret).mean(),
+            "value": float(value.mean()), "return": ret.mean(),
+            "late_reward": np.mean(rewards[60:])}
+
+
 def random_top_goals(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
     """How close the middle level of hac comes to uniformly drawn goals of the top level.
 
@@ -463,6 +506,8 @@ def compare(name: str, seed: int) -> dict:
         if name.startswith("hindsight") or name == "director":
             row["reaching"] = {
                 **reached_in_imagination(agent, replay), **reached_in_grid(agent, replay)}
+        if name.startswith("dyna_q") and "corridor" not in name:
+            row["q_error"] = value_errors(agent)
         if name.startswith("diayn"):
             row["end_entropy"], row["end_entropy_given_skill"] = end_entropies(agent)
         if name.startswith("options"):
