@@ -383,6 +383,21 @@ def value_errors(agent: dyna_q.Agent, players: int = 32, steps: int = 1000) -> d
             "late_reward": np.mean(rewards[60:])}
 
 
+def measuring_values(agent: type, found: list, every: int = 100) -> type:
+    """The same agent, which appends to `found` its `value_errors` after each 100 gradient steps.
+
+    One measurement at the end would say little: greedy actions change a lot between gradient steps.
+    """
+    class MeasuringValues(agent):
+        def train_step(self, batch):
+            metrics = super().train_step(batch)
+            if self.grad_steps % every == 0:
+                with torch.random.fork_rng():  # so that training goes on as without it
+                    found.append(value_errors(self))
+            return metrics
+    return MeasuringValues
+
+
 def random_top_goals(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
     """How close the middle level of hac comes to uniformly drawn goals of the top level.
 
@@ -476,6 +491,9 @@ def reached_in_grid(agent: Director, replay: director.Replay, players: int = 256
 def compare(name: str, seed: int) -> dict:
     """Train an agent on the grid and measure whether its idea is at work."""
     agent_class, flags = AGENTS[name]
+    q_errors = []
+    if name.startswith("dyna_q") and "corridor" not in name:
+        agent_class = measuring_values(agent_class, q_errors)
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -495,6 +513,8 @@ def compare(name: str, seed: int) -> dict:
         for key in LOGGED:
             if f"train/{key}" in logged[-1]:
                 row[key] = [logged[0][f"train/{key}"], logged[-1][f"train/{key}"]]
+        if q_errors:
+            row["q_error"] = {key: [x[key] for x in q_errors] for key in q_errors[0]}
         agent = director.load(folder / "run", agent_class)
         replay = load_replay(folder, agent)
         if name.startswith("higl"):
@@ -506,8 +526,6 @@ def compare(name: str, seed: int) -> dict:
         if name.startswith("hindsight") or name == "director":
             row["reaching"] = {
                 **reached_in_imagination(agent, replay), **reached_in_grid(agent, replay)}
-        if name.startswith("dyna_q") and "corridor" not in name:
-            row["q_error"] = value_errors(agent)
         if name.startswith("diayn"):
             row["end_entropy"], row["end_entropy_given_skill"] = end_entropies(agent)
         if name.startswith("options"):

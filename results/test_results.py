@@ -114,6 +114,23 @@ def test_q_is_compared_with_returns_that_do_not_end_at_the_time_limit():
     assert abs(several["return"] - found["return"]) > 0.1 and several["late_reward"] == 1
 
 
+def test_values_are_measured_while_training_goes_on_as_without_it(monkeypatch):
+    def value_errors(agent):
+        return {"absolute": float(torch.rand(())) + agent.grad_steps}
+
+    monkeypatch.setattr(grid, "value_errors", value_errors)
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    found, weights = [], []
+    for agent_class in (dyna_q.Agent, grid.measuring_values(dyna_q.Agent, found, every=2)):
+        agent = make_variant(agent_class)
+        torch.manual_seed(0)
+        for _ in range(5):
+            agent.train_step(batch)
+        weights.append(agent.worker.q.out.weight)
+    assert [int(row["absolute"]) for row in found] == [2, 4]
+    assert torch.equal(*weights)
+
+
 def test_equal_numbers_share_a_rank_and_entropies_are_those_of_fractions():
     assert grid.ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
     assert grid.entropy(np.array([[4, 0], [1, 1]])).tolist() == pytest.approx([0, np.log(2)])
