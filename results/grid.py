@@ -111,6 +111,7 @@ class ReplayedAgain(dyna_q.Agent):
 
 
 TWO_LEVELS = ["--bottom_stoch=4", "--bottom_classes=4"]
+FREE_NATS = ["--free_nats=1", "--kl_target=1"]  # the target of size xs again, which is not read
 THREE_LEVELS = ["--horizon=32"]
 CORRIDOR = ["--task=gym_envs.grid:Corridor-v0", "--steps=1900"]
 LONG_CORRIDOR = ["--task=gym_envs.grid:LongCorridor-v0"]
@@ -154,6 +155,7 @@ AGENTS = {  # name: agent, flags
     "disagreement, flat": (disagreement.Agent, FLAT),
     "hdreamer": (hdreamer.Agent, TWO_LEVELS),
     "hdreamer, uncorrected": (Uncorrected, TWO_LEVELS),
+    "hdreamer, free nats": (hdreamer.Agent, [*TWO_LEVELS, *FREE_NATS]),
     "gaussian": (gaussian.Agent, []),
     "dreamer_v3": (dreamer_v3.Agent, techniques(*TECHNIQUES)),
     "dreamer_v3, flat": (dreamer_v3.Agent, [*techniques(*TECHNIQUES), *FLAT]),
@@ -182,6 +184,8 @@ AGENTS = {  # name: agent, flags
     "dyna_q, no planning": (dyna_q.Agent, ["--planning=0"]),
     "dyna_q, replayed again": (ReplayedAgain, []),
     "dyna_q, discount 0.9": (dyna_q.Agent, ["--discount=0.9"]),
+    "dyna_q, expand 3": (dyna_q.Agent, ["--expand=3"]),
+    "dyna_q, expand 5": (dyna_q.Agent, ["--expand=5"]),
     "dyna_q, corridor": (dyna_q.Agent, CORRIDOR),
     "dyna_q, corridor, no planning": (dyna_q.Agent, [*CORRIDOR, "--planning=0"]),
     "dyna_q, corridor, replayed again": (ReplayedAgain, CORRIDOR),
@@ -197,8 +201,8 @@ RARE = {  # name: agent, flags; see `learn_rare_states`
 LOGGED = (  # metrics of a run that go into its row, the first and the last of them
     "goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec", "manager_ent",
     "worker_ent", "manager_expl_reward", "worker_expl_reward", "kl", "coarse_kl", "fine_kl",
-    "state_loss", "reward_loss", "worker_option_length", "worker_pick_ent", "reach_last",
-    "reach_other", "top_ent", "top_extr_reward")
+    "coarse_kl_free", "fine_kl_free", "state_loss", "reward_loss", "worker_option_length",
+    "worker_pick_ent", "reach_last", "reach_other", "top_ent", "top_extr_reward")
 
 
 # ---- Runs, replays and states ---------------------------------------------------------------
@@ -362,6 +366,60 @@ def option_use(agent: options.Agent, players: int = 32) -> dict:
             "alone": alone}
 
 
+def value_errors(agent: dyna_q.Agent, players: int = 32, steps: int = 1000) -> dict[str, float]:
+    """How far Q(s, a) of greedy actions is from the return that they really obtain (dyna_q).
+
+    Player i makes i random steps first, so that states differ, then it acts greedily. States i to
+    59 are compared, those of an episode in training. Q does not count a time limit as an end, so
+    the returns go on after step 60: the grid is played for 1000 steps without its limit. (With a
+    discount of 0.99, the rewards that are still missing add less than 0.01.)
+
+    absolute, signed: means of |Q - return| and of Q - return. value, return: means of Q and of the
+    return. late_reward: mean reward per step after step 60, where training never was.
+    """
+    rng = np.random.default_rng(0)
+    envs = [Grid() for _ in range(players)]
+    obs = np.stack([env.reset()[0] for env in envs])
+    state = None
+    values, rewards, greedy = [], [], []
+    for t in range(steps):
+        action, state = agent.policy({"state": obs}, state, mode="eval")
+        with torch.no_grad():
+            q = director.symexp(agent.worker.q(agent.worker.feat(state)))
+        greedy.append(np.arange(players) <= t)
+        random_action = torch.eye(5)[rng.integers(5, size=players)]
+        action = torch.where(torch.as_tensor(greedy[-1])[:, None], action, random_action)
+        state["action"] = action
+        values.append((q * action).sum(-1).numpy())
+        indices = action.argmax(-1).tolist()
+        found = [env.step(index) for env, index in zip(envs, indices, strict=True)]
+        obs = np.stack([x[0] for x in found])
+        rewards.append([x[1] for x in found])
+    returns = np.zeros((steps + 1, players))
+    for t in reversed(range(steps)):
+        returns[t] = rewards[t] + agent.config.discount * returns[t + 1]
+    compared = np.stack(greedy)[:60]
+    value, ret = np.stack(values)[:60][compared], returns[:60][compared]
+    return {"absolute": np.abs(value - ret).mean(), "signed": (value - ret).mean(),
+            "value": float(value.mean()), "return": ret.mean(),
+            "late_reward": np.mean(rewards[60:])}
+
+
+def measuring_values(agent: type, found: list, every: int = 100) -> type:
+    """The same agent, which appends to `found` its `value_errors` after each 100 gradient steps.
+
+    One measurement at the end would say little: greedy actions change a lot between gradient steps.
+    """
+    class MeasuringValues(agent):
+        def train_step(self, batch):
+            metrics = super().train_step(batch)
+            if self.grad_steps % every == 0:
+                with torch.random.fork_rng():  # so that training goes on as without it
+                    found.append(value_errors(self))
+            return metrics
+    return MeasuringValues
+
+
 def random_top_goals(agent: hac.Agent, replay: director.Replay) -> dict[str, float]:
     """How close the middle level of hac comes to uniformly drawn goals of the top level.
 
@@ -455,6 +513,9 @@ def reached_in_grid(agent: Director, replay: director.Replay, players: int = 256
 def compare(name: str, seed: int) -> dict:
     """Train an agent on the grid and measure whether its idea is at work."""
     agent_class, flags = AGENTS[name]
+    q_errors = []
+    if name.startswith("dyna_q") and "corridor" not in name:
+        agent_class = measuring_values(agent_class, q_errors)
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -474,6 +535,8 @@ def compare(name: str, seed: int) -> dict:
         for key in LOGGED:
             if f"train/{key}" in logged[-1]:
                 row[key] = [logged[0][f"train/{key}"], logged[-1][f"train/{key}"]]
+        if q_errors:
+            row["q_error"] = {key: [x[key] for x in q_errors] for key in q_errors[0]}
         agent = director.load(folder / "run", agent_class)
         replay = load_replay(folder, agent)
         if name.startswith("higl"):

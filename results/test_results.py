@@ -7,6 +7,7 @@ import pathlib
 import re
 import runpy
 import sys
+import types
 
 import imageio.v2 as imageio
 import numpy as np
@@ -87,6 +88,47 @@ def test_the_twin_of_dyna_q_learns_as_often_from_replayed_steps_alone(monkeypatc
     assert [index for index, _ in updates] == [0, 1, 2]
     assert all(steps is updates[0][1] for _, steps in updates)
     assert updates[0][1]["before"].shape[:2] == (2, 8)  # pairs of replayed states
+
+
+def test_q_is_compared_with_returns_that_do_not_end_at_the_time_limit():
+    def policy(obs, state, mode):
+        x, y = grid.cells_of(obs["state"]).unbind(-1)
+        move = torch.where(y < 5, 1, torch.where(x < 5, 3, 0))  # down, then right, then stay
+        return torch.eye(5)[move], {"deter": torch.zeros(len(x), 1)}
+
+    for claimed in (0.0, 100.0):  # what Q says everywhere
+        value = director.symlog(torch.tensor(claimed))
+        worker = types.SimpleNamespace(feat=lambda state: state["deter"],
+                                       q=lambda feat, value=value: value.expand(len(feat), 5))
+        agent = types.SimpleNamespace(
+            policy=policy, worker=worker, config=types.SimpleNamespace(discount=0.99))
+        found = grid.value_errors(agent, players=1)
+        # From the eighth action on, each one is rewarded, for ever: 100 in sum.
+        returns = [100 * 0.99 ** max(0, 7 - t) for t in range(60)]
+        assert found["return"] == pytest.approx(np.mean(returns), rel=1e-3)
+        assert found["value"] == pytest.approx(claimed)
+        assert found["signed"] == pytest.approx(claimed - np.mean(returns), abs=0.02)
+        assert found["absolute"] == pytest.approx(abs(found["signed"]), abs=0.02)
+        assert found["late_reward"] == 1
+    several = grid.value_errors(agent, players=12)  # the others start elsewhere
+    assert abs(several["return"] - found["return"]) > 0.1 and several["late_reward"] == 1
+
+
+def test_values_are_measured_while_training_goes_on_as_without_it(monkeypatch):
+    def value_errors(agent):
+        return {"absolute": float(torch.rand(())) + agent.grad_steps}
+
+    monkeypatch.setattr(grid, "value_errors", value_errors)
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    found, weights = [], []
+    for agent_class in (dyna_q.Agent, grid.measuring_values(dyna_q.Agent, found, every=2)):
+        agent = make_variant(agent_class)
+        torch.manual_seed(0)
+        for _ in range(5):
+            agent.train_step(batch)
+        weights.append(agent.worker.q.out.weight)
+    assert [int(row["absolute"]) for row in found] == [2, 4]
+    assert torch.equal(*weights)
 
 
 def test_equal_numbers_share_a_rank_and_entropies_are_those_of_fractions():

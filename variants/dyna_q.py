@@ -1,8 +1,11 @@
 """Dyna-Q: Q-learning from replayed steps and from steps imagined by a learned model.
 
-Paper: Integrated Architectures for Learning, Planning, and Reacting (Sutton, 1990).
+Papers: Integrated Architectures for Learning, Planning, and Reacting (Sutton, 1990); for
+`--expand`, Model-Based Value Expansion for Efficient Model-Free RL (Feinberg et al., 2018).
 
-    python -m variants.dyna_q --task pinpad_three [--planning 0]      discrete actions only
+    python -m variants.dyna_q --task pinpad_three [--planning 0] [--expand 3]
+
+Actions have to be discrete.
 
 Idea: Dyna learns action values from each real step, learns a model from the same step, and then
 plans: from states it has visited it makes single steps in the model, and learns from them in the
@@ -18,9 +21,20 @@ out of each replayed state. Q' is a copy of Q that is renewed every `--slow_ever
 Values are learned in symlog space, as Director's are. cont is 0 at terminal states, not at time
 limits. The agent acts epsilon-greedily.
 
+Value expansion, `--expand h`: the target has h rewards instead of one. The first step is that of
+the transition, and h - 1 imagined steps follow, with the greedy actions of Q':
+
+    Q(s, a) <- r_1 + d_1 (r_2 + d_2 (... (r_h + d_h max over a' of Q'(s_h, a')))),
+    d_i = discount * cont_i
+
+Rewards and continuations of the imagined steps are those that the world model predicts. This holds
+for all updates: for replayed transitions, whose first reward and state are real, and for imagined
+ones, whose first action is random. h = 1 is plain Dyna-Q.
+
 What is left out: Dyna-Q+, which adds a reward for actions that were not tried for long; a second
 network against the bias of the maximum. Imagined actions are uniformly random; Sutton's model is a
-table, so he repeats actions that were tried.
+table, so he repeats actions that were tried. Feinberg et al. also learn the values of the states
+within the expansion (their "TD-k trick"); here only the first state of each transition learns.
 """
 
 import copy
@@ -39,6 +53,7 @@ from variants import refuse, same_episode
 class Config(director.Config):
     agent: str = director.flag("dreamer", "there are no goals", ("dreamer",), fixed=True)
     planning: int = director.flag(5, "imagined steps for each replayed one", low=0, group="dyna_q")
+    expand: int = director.flag(1, "rewards in a target; the first is that of the transition")
     epsilon: float = director.flag(0.1, "fraction of random actions", low=0, high=0.999)
 
     def __post_init__(self):
@@ -102,8 +117,7 @@ class Agent(director.Director):
         config = self.config
         network = self.worker
         with director.autocast(config):
-            best = director.symexp(network.slow(steps["after"]).amax(-1))  # has no gradient
-            target = steps["reward"] + config.discount * steps["cont"] * best
+            target = self.target(steps)
             value = (network.q(steps["before"]) * steps["action"]).sum(-1)
         loss = ((value - director.symlog(target)) ** 2 * steps["weight"]).mean()
         norm = self.optimizers["q"].minimize(loss)
@@ -111,6 +125,31 @@ class Agent(director.Director):
         if earlier_updates % config.slow_every == 0:
             network.slow.load_state_dict(network.q.state_dict())
         return {"loss": loss, "value": director.symexp(value).mean(), "grad_norm": norm}
+
+    @torch.no_grad()
+    def target(self, steps: dict[str, Tensor]) -> Tensor:
+        """What Q(before, action) learns, [...]: `--expand` rewards, then the best value of Q'."""
+        slow, gamma = self.worker.slow, self.config.discount
+        feat = steps["after"]
+        rewards = [steps["reward"]]
+        discounts = [gamma * steps["cont"]]
+        for _ in range(self.config.expand - 1):
+            action = director.OneHot(slow(feat)).mode
+            feat, reward, cont = self.imagined_step(feat, action)
+            rewards.append(reward)
+            discounts.append(gamma * cont)
+        value = director.symexp(slow(feat).amax(-1))
+        for reward, discount in zip(rewards[::-1], discounts[::-1], strict=True):
+            value = reward + discount * value
+        return value
+
+    def imagined_step(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From states [..., F] by actions [..., A] to the next states, rewards and cont."""
+        model = self.world_model
+        deter, stoch = feat.split([self.sizes["deter"], self.sizes["stoch"]], -1)
+        after = torch.cat(model.rssm.img_step(deter, stoch, action), -1)
+        reward = model.reward_head(after).mean
+        return after, reward, model.cont_head(after).sigmoid()
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """Learn from replayed transitions; the action of row t + 1 led from t to t + 1."""
@@ -125,17 +164,15 @@ class Agent(director.Director):
     @torch.no_grad()
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """In each round of planning, a transition from each of N states, [planning, N, ...]."""
-        model = self.world_model
         rounds = self.config.planning
         deter, stoch, end = (starts[key].expand(rounds, *starts[key].shape)
                              for key in ("deter", "stoch", "is_terminal"))
         logits = torch.zeros(*end.shape, self.sizes["action"], device=end.device)
         action = director.OneHot(logits).rsample()
-        after = torch.cat(model.rssm.img_step(deter, stoch, action), -1)
-        return {
-            "before": torch.cat([deter, stoch], -1), "action": action, "after": after,
-            "reward": model.reward_head(after).mean,
-            "cont": model.cont_head(after).sigmoid(), "weight": 1 - end.float()}
+        before = torch.cat([deter, stoch], -1)
+        after, reward, cont = self.imagined_step(before, action)
+        return {"before": before, "action": action, "after": after, "reward": reward,
+                "cont": cont, "weight": 1 - end.float()}
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict:
         return {}  # there are no actor-critics

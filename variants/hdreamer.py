@@ -1,8 +1,10 @@
 """Hierarchical latents: the stochastic state has a coarse and a fine level.
 
-Papers: ladder variational autoencoders (Sonderby et al., 2016) and NVAE (Vahdat and Kautz, 2020).
+Papers: ladder variational autoencoders (Sonderby et al., 2016) and NVAE (Vahdat and Kautz, 2020);
+for `--free_nats`, inverse autoregressive flow (Kingma et al., 2016) and DreamerV3 (Hafner et al.,
+2023).
 
-    python -m variants.hdreamer --task pinpad_three
+    python -m variants.hdreamer --task pinpad_three [--free_nats 1]
     python -m variants.hdreamer --logdir RUN ...    resumes a run of director.py, with its flags
 
 Idea: one categorical sample has to represent both the layout of a scene and its details. With two
@@ -18,6 +20,11 @@ What changes:
   with gradients through both terms.
 - Each level has a balanced KL (Director's eq. 2) with an adaptive scale of its own. `--kl_target`
   is divided in proportion to the numbers of groups.
+- `--free_nats X` replaces these scales by free bits: the loss of each level and step is
+  max(KL, X), with weight 1, so that a KL below X has no gradient. KL is the sum over the groups of
+  a level. Clipping the balanced KL is the same as clipping each of its two terms, which DreamerV3
+  does: both terms have the same value and differ in their gradients only. Kingma et al. clip per
+  level, too, but the mean over a batch; a clip in each step is DreamerV3's.
 - Everything that reads `stoch` reads both levels.
 
 From a checkpoint of director.py, the agent at first acts exactly as Director did: its weights for
@@ -30,9 +37,11 @@ import dataclasses
 import sys
 
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
 
 import director
+from variants import refuse
 
 
 @dataclasses.dataclass
@@ -45,6 +54,13 @@ class Config(director.Config):
     bottom_stoch: int = director.flag(None, "groups of the fine level", group="hdreamer",
                                       fixed=True)
     bottom_classes: int = director.flag(None, "classes in each of these groups", fixed=True)
+    free_nats: float = director.flag(
+        0.0, "the KL of a level below this costs nothing; 0: adaptive scales", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.free_nats:
+            refuse(self, ("kl_target",), "with --free_nats, the KL has no target")
 
 
 class RSSM(director.RSSM):
@@ -103,13 +119,15 @@ class RSSM(director.RSSM):
 class WorldModel(director.WorldModel):
     RSSM = RSSM
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, obs_space: spaces.Dict, action: int, config: Config):
+        super().__init__(obs_space, action, config)
+        self.free_nats = config.free_nats
         groups = torch.tensor([float(groups) for groups, _ in self.rssm.levels])
         targets = self.kl_adapt.target * groups / groups.sum()
         self.kl_adapt = director.AutoAdapt((2,), targets, low=1e-5, high=1.0)
 
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """The sum of the weighted or clipped KLs of both levels, [B, T], and metrics."""
         posts = self.rssm.split(states["post"])
         priors = self.rssm.split(states["prior"])
         kls = []
@@ -118,10 +136,16 @@ class WorldModel(director.WorldModel):
             kl = director.balanced_kl(posts[i], priors[i], 0.8)
             kls.append(kl)
             metrics[f"{level}_kl"] = kl.mean()
-            metrics[f"{level}_kl_scale"] = self.kl_adapt.scale[i]
+            if self.free_nats:
+                metrics[f"{level}_kl_free"] = (kl < self.free_nats).float().mean()
+            else:
+                metrics[f"{level}_kl_scale"] = self.kl_adapt.scale[i]
             metrics[f"{level}_post_ent"] = director.OneHot(posts[i]).entropy().sum(-1).mean()
             metrics[f"{level}_prior_ent"] = director.OneHot(priors[i]).entropy().sum(-1).mean()
-        return self.kl_adapt(torch.stack(kls, -1)).sum(-1), metrics
+        kls = torch.stack(kls, -1)  # [B, T, 2]
+        if self.free_nats:
+            return kls.clamp(min=self.free_nats).sum(-1), metrics
+        return self.kl_adapt(kls).sum(-1), metrics
 
 
 class Agent(director.Director):

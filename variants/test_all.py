@@ -52,12 +52,13 @@ VARIANTS = [  # agent, flags
     (planner.Agent, {"planner": "mcts", "simulations": 4, "agent": "dreamer"}),
     (planner.Agent, {"planner": "mcts", "simulations": 4}),
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
+    (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5, "free_nats": 0.1}),
     (gaussian.Agent, {}),
     (dreamer_v3.Agent, {"warmup": 0}),
     (dreamer_v3.Agent, {"warmup": 0, "agent": "dreamer", "rms_silu": "no"}),
     (options.Agent, {}), (options.Agent, {"options": 1}), (options.Agent, {"option_entropy": 0}),
     (hac.Agent, {"horizon": 32}), (hac.Agent, {"hindsight": 0.5, "middle_extr": 0.5}),
-    (dyna_q.Agent, {}), (dyna_q.Agent, {"planning": 0}),
+    (dyna_q.Agent, {}), (dyna_q.Agent, {"planning": 0}), (dyna_q.Agent, {"expand": 3}),
     (prioritized.Agent, {}), (prioritized.Agent, {"agent": "dreamer"})]
 
 

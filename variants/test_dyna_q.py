@@ -48,6 +48,99 @@ def test_dyna_q_learns_the_one_step_target_also_at_ends_and_time_limits():
     close(losses[0], sum(expected) / 5)
 
 
+def expansion(gen=None, **flags):
+    """An agent whose world model and Q-networks are tables of 4 states, and these tables.
+
+    The first number of deter is the state. Values are in symlog space, [4, 5]; rewards in symlog
+    space and logits of the continuation, [4], are those of the state that a step leads to.
+    """
+    agent = make_variant(dyna_q.Agent, **flags)
+    model, network = agent.world_model, agent.worker
+    tables = {"q": torch.randn(4, 5, generator=gen), "slow": torch.randn(4, 5, generator=gen),
+              "reward": torch.randn(4, generator=gen), "cont": torch.randn(4, generator=gen),
+              "next": torch.randint(4, (4, 5), generator=gen)}
+
+    def read(key):
+        return lambda feat: tables[key][feat[..., 0].long()]
+
+    def img_step(deter, stoch, action):
+        state = tables["next"][deter[..., 0].long(), action.argmax(-1)]
+        return state[..., None].float().expand(deter.shape), stoch
+
+    network.q.forward, network.slow.forward = read("q"), read("slow")
+    model.reward_head.forward = lambda feat: director.Symlog(read("reward")(feat))
+    model.cont_head.forward = read("cont")
+    model.rssm.img_step = img_step
+    return agent, tables
+
+
+def transitions(agent, before, action, after, reward, cont) -> dict[str, torch.Tensor]:
+    def feat(state):
+        return torch.as_tensor(state).float()[..., None].expand(*np.shape(state), 32)
+
+    return {"before": feat(before), "action": torch.eye(5)[torch.as_tensor(action)],
+            "after": feat(after), "reward": tensor(reward), "cont": tensor(cont),
+            "weight": torch.ones(np.shape(before))}
+
+
+def test_value_expansion_adds_imagined_rewards_of_greedy_actions_to_the_target():
+    agent, tables = expansion(expand=3, discount=0.9)
+    tables["slow"][1] = tensor([0, 4, 1, 2, 3])  # in state 1, action 1 is best; it leads to 2
+    tables["slow"][2] = tensor([2, 0, 0, 1, 0])  # in state 2, action 0; it leads to 3
+    tables["slow"][3] = tensor([1, 0, 3, 2, 1])
+    tables["q"][0] = tensor([9, 9, 5, 9, 9])
+    tables["next"][1, 1], tables["next"][2, 0] = 2, 3
+    tables["reward"][2:] = tensor([symlog(3), symlog(-1)])
+    tables["cont"][2:] = tensor([0, math.log(4)])  # continues with probabilities 0.5 and 0.8
+    losses = []
+    agent.optimizers["q"].minimize = lambda loss: losses.append(loss) or torch.zeros(())
+    agent.grad_steps = 1
+    agent.learn(0, transitions(agent, [0], [2], [1], [7.0], [1.0]))  # from 0 by action 2 to 1
+    target = 7 + 0.9 * (3 + 0.9 * 0.5 * (-1 + 0.9 * 0.8 * math.expm1(3)))
+    close(losses[0], (5 - symlog(target)) ** 2)
+    agent.learn(0, transitions(agent, [0], [2], [1], [7.0], [0.0]))  # the same, but it ends there
+    close(losses[1], (5 - symlog(7)) ** 2)
+
+
+@pytest.mark.parametrize("expand", [1, 2, 5])
+def test_value_expansion_is_the_recursion_over_imagined_steps(expand):
+    agent, tables = expansion(torch.manual_seed(expand), expand=expand)
+    slow = tables["slow"].double()
+
+    def brute_force(state: int, reward: float, cont: float, steps: int) -> float:
+        """The target of a step that leads to `state`."""
+        best = int(slow[state].argmax())
+        if steps == 1:
+            value = float(slow[state, best])
+            return reward + 0.99 * cont * math.copysign(math.expm1(abs(value)), value)
+        after = int(tables["next"][state, best])
+        predicted = float(tables["reward"][after])
+        predicted = math.copysign(math.expm1(abs(predicted)), predicted)
+        survives = 1 / (1 + math.exp(-float(tables["cont"][after])))
+        return reward + 0.99 * cont * brute_force(after, predicted, survives, steps - 1)
+
+    rng = np.random.default_rng(expand)
+    after, reward = rng.integers(4, size=(3, 7)), rng.normal(size=(3, 7))
+    cont = rng.choice([0, 0.3, 1], (3, 7))
+    steps = transitions(agent, 0 * after, 0 * after, after, reward, cont)
+    expected = [[brute_force(*step, expand) for step in zip(*row, strict=True)]
+                for row in zip(after, reward, cont, strict=True)]
+    close(agent.target(steps), expected, rtol=1e-4)
+    assert not agent.target(steps).requires_grad
+
+
+def test_value_expansion_is_used_for_replayed_and_for_imagined_transitions():
+    batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+    for expand in (1, 4):
+        agent, calls = make_variant(dyna_q.Agent, planning=2, expand=expand), []
+        step = agent.imagined_step
+        agent.imagined_step = lambda *args, step=step, calls=calls: (
+            calls.append(len(args[0])) or step(*args))
+        agent.train_step(batch)
+        # 2 chunks are replayed; 2 rounds of planning start together from their 18 states.
+        assert calls == [2] * (expand - 1) + [2] + [18] * 2 * (expand - 1)
+
+
 def test_dyna_q_plans_one_random_step_from_each_replayed_state_but_ends():
     agent, seen = make_variant(dyna_q.Agent, planning=3), []
     deter, stoch = torch.randn(2, 400, 16)

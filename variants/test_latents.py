@@ -1,5 +1,7 @@
 """Latent states: two levels, Gaussian."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,43 @@ def test_hdreamer_has_a_kl_and_a_scale_for_each_level():
     found = torch.autograd.grad(loss.sum(), list(states.values()))
     close(found[0], 0.2 * whole[0], atol=1e-6)
     close(found[1], 0.8 * whole[1], atol=1e-6)
+
+
+def test_free_nats_clip_the_kl_of_each_level_in_each_step():
+    model = make_variant(hdreamer.Agent, stoch=2, classes=2, bottom_stoch=1, bottom_classes=2,
+                         free_nats=1).world_model
+    same, some, much = ([0.5, 0.5], [0.5, 0.5]), ([0.2, 0.8], [0.8, 0.2]), ([0.1, 0.9], [0.9, 0.1])
+    # KLs of these: 0, 0.6 log 4 = 0.83, 0.8 log 9 = 1.76. The coarse level has two groups.
+    steps = [(some, some, same), (some, same, much), (some, same, same)]
+    post, prior = (tensor([[sum((group[i] for group in step), []) for step in steps]]).log()
+                   for i in range(2))  # [1, 3, 6]
+    post.requires_grad_()
+    prior.requires_grad_()
+    loss, metrics = model.kl_loss({"post": post, "prior": prior})
+    log4, log9 = np.log([4, 9])
+    close(loss[0], [1.2 * log4 + 1, 1 + 0.8 * log9, 1 + 1])
+    close(torch.stack([metrics["coarse_kl"], metrics["fine_kl"]]), [0.8 * log4, 0.8 * log9 / 3])
+    close([metrics["coarse_kl_free"], metrics["fine_kl_free"]], [2 / 3, 2 / 3])
+    assert "coarse_kl_scale" not in metrics and (model.kl_adapt.scale == 1).all()
+    grad_post, grad_prior = torch.autograd.grad(loss.sum(), [post, prior])
+    # Of the prior's logits: 0.8 (prior - post); of the posterior's: 0.2 post (log(p / q) - KL).
+    up = 0.48 * np.array([1, -1])
+    close(grad_prior[0], [[*up, *up, 0, 0], [0, 0, 0, 0, 0.64, -0.64], [0] * 6], atol=1e-6)
+    up = 0.064 * log4 * np.array([-1, 1])
+    high = 0.2 * 0.9 * 0.2 * log9
+    close(grad_post[0], [[*up, *up, 0, 0], [0, 0, 0, 0, -high, high], [0] * 6], atol=1e-6)
+    assert not grad_post[0, 2].any() and not grad_prior[0, 2].any()  # exactly 0 below the clip
+
+
+def test_free_nats_refuse_a_target_of_the_kl_that_nothing_reads(capsys, tmp_path):
+    flags = ["--task=gym_Corridor-v0", "--size=xs", f"--logdir={tmp_path}/run", "--free_nats=1"]
+    assert director.main([*flags, "--kl_target=2"], hdreamer.Agent) == 2
+    error = capsys.readouterr().err
+    assert "--kl_target has no effect here" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    config = hdreamer.Config(size="xs", free_nats=1)
+    assert hdreamer.Config(**dataclasses.asdict(config)) == config  # as a resumed run reads it
+    assert hdreamer.Config(size="xs", kl_target=2).free_nats == 0
 
 
 def test_hdreamer_draws_the_fine_level_given_the_coarse_and_corrects_its_prior():
