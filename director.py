@@ -781,13 +781,14 @@ class ActorCritic(nn.Module):
     def train_critics(self, traj: dict, weight: Tensor, copy_slow: bool) -> tuple[Tensor, dict]:
         """Each critic learns its lambda returns; returns the actor's score [H, N] and metrics."""
         feat = self.feat(traj)  # [H+1, N, F]
+        states = feat[:-1].detach()  # [H, N, F]
         score = 0.0
         metrics = {}
         for name, critic in self.critics.items():
             with autocast(self.config):
                 ret, value = self.returns(name, feat, traj)
-                pred = critic(feat[:-1].detach())
-                loss = self.critic_loss(name, pred, feat[:-1].detach(), ret.detach())
+                pred = critic(states)
+                loss = self.critic_loss(name, pred, states, ret.detach())
             loss = (loss * weight).mean()
             norm = self.optimizers[f"{name}_critic"].minimize(loss)
             metrics |= {f"{name}_critic_loss": loss, f"{name}_critic_grad_norm": norm,
