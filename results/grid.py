@@ -100,6 +100,29 @@ class ShuffledOptions(options.Agent):
         return {"worker": {**traj, "option": others}}
 
 
+def to_the_wall(action: int, axis: int, wall: int) -> options.HandWritten:
+    """An option by hand that repeats a move until the player is at the wall (0 or 5) of an axis."""
+    def place(obs):
+        return cells_of(obs["state"])[:, axis]
+    return options.HandWritten(
+        starts=lambda obs: place(obs) != wall, ends=lambda obs: place(obs) == wall,
+        policy=lambda obs: torch.full_like(place(obs), action))
+
+
+class OptionsByHand(options.Agent):
+    """Down, up, right or left until the wall, and to stay for one step.
+
+    Best possible return: 53, since a player that goes to a wall first comes too late by 2 steps.
+    """
+
+    hand_written = (
+        to_the_wall(1, 1, 5), to_the_wall(2, 1, 0), to_the_wall(3, 0, 5), to_the_wall(4, 0, 0),
+        options.HandWritten(
+            starts=lambda obs: cells_of(obs["state"])[:, 0] >= 0,
+            ends=lambda obs: cells_of(obs["state"])[:, 0] >= 0,
+            policy=lambda obs: torch.zeros_like(cells_of(obs["state"])[:, 0])))
+
+
 class ReplayedAgain(dyna_q.Agent):
     """Dyna-Q that learns from the replayed transitions again instead of from imagined ones."""
 
@@ -142,8 +165,10 @@ AGENTS = {  # name: agent, flags
     "options, plain": (options.Agent, ["--option_entropy=0", "--option_cost=0"]),
     "options, no cost": (options.Agent, ["--option_cost=0"]),
     "options, no entropy": (options.Agent, ["--option_entropy=0"]),
-    "options, ends frozen": (frozen("worker/end", options.Agent), []),
+    "options, ends frozen": (frozen("worker/beta", options.Agent), []),
     "options, shuffled": (ShuffledOptions, []),
+    "options, by hand": (OptionsByHand, ["--options=0"]),
+    "options, by hand and learned": (OptionsByHand, []),
     "hac": (hac.Agent, THREE_LEVELS),
     "hac, twice as long": (hac.Agent, [*THREE_LEVELS, "--steps=15400"]),
     "hac, hindsight": (hac.Agent, [*THREE_LEVELS, "--hindsight=1"]),
@@ -286,33 +311,36 @@ def option_differences(agent: options.Agent, replay: director.Replay) -> dict[st
     """How much options differ in replayed states.
 
     values: standard deviation of Q between options, as a fraction of that over states and options.
-    actions: total variation between the action distributions of two options, 0 to 1.
+    actions: total variation between the action distributions of two learned options, 0 to 1; it is
+    missing if there is no pair.
     """
-    count = agent.config.options
+    worker = agent.worker
     found = []
     for _ in range(BATCHES):
         states = filtered_states(agent, replay)
         state = torch.cat([states["deter"], states["stoch"]], -1).flatten(0, 1)  # [N, F]
-        option = torch.eye(count)[:, None].expand(-1, len(state), -1)
+        option = torch.eye(worker.count)[:, None].expand(-1, len(state), -1)
         with torch.no_grad():
-            feat = torch.cat([state.expand(count, -1, -1), option], -1)  # [options, N, F]
-            probs = agent.worker.dist(feat).probs
-            values = director.symexp(agent.worker.critics["extr"](feat))
+            feat = torch.cat([state.expand(worker.count, -1, -1), option], -1)  # [options, N, F]
+            probs = director.OneHot(worker.actor(feat[: worker.learned]), unimix=0.01).probs
+            values = director.symexp(worker.critics["extr"](feat))
         variations = [(probs[i] - probs[j]).abs().sum(-1).mean() / 2
-                      for i, j in itertools.combinations(range(count), 2)]
-        found.append((values.std(0, correction=0).mean() / values.std(), np.mean(variations)))
-    values, actions = np.mean(found, 0).tolist()
-    return {"values": values, "actions": actions}
+                      for i, j in itertools.combinations(range(worker.learned), 2)]
+        row = {"values": values.std(0, correction=0).mean() / values.std()}
+        if variations:
+            row["actions"] = np.mean(variations)
+        found.append(row)
+    return {key: float(np.mean([row[key] for row in found])) for key in found[0]}
 
 
 def option_use(agent: options.Agent, players: int = 32) -> dict:
     """How an agent uses its options in one episode of each of 32 players.
 
     length: 1 over the mean probability to end. same: mean number of steps until another option is
-    active. used: exp of the entropy of which option is active. return: of the agent. alone: the
-    return of each option when it is the only one.
+    active. fractions: of steps in which each option is active. used: exp of their entropy. return:
+    of the agent. alone: the return of each option when it is the only one, and never ends.
     """
-    count, choose = agent.config.options, agent.choose
+    count, choose = agent.worker.count, agent.choose
 
     def play() -> tuple[float, torch.Tensor, torch.Tensor]:
         """Mean return; the active option [T, players]; the probabilities to end [T, players]."""
@@ -336,6 +364,7 @@ def option_use(agent: options.Agent, players: int = 32) -> dict:
         alone.append(play()[0])
     agent.choose = choose
     return {"length": float(1 / ends[1:].mean()), "same": float(1 / changes.clamp(min=1e-3)),
+            "fractions": fractions.tolist(),
             "used": float(torch.special.entr(fractions).sum().exp()), "return": score,
             "alone": alone}
 
