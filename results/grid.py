@@ -9,9 +9,9 @@ of 6 by 6 cells (envs/grid.py). The program writes a line of JSON per run to --o
 return of the last 24 episodes and measurements that show whether the agent's idea is at work. It
 skips runs that --out already has. A run takes about a minute on one core.
 
-With --planner, Director and the flat agent stop after 100, 200 and 400 gradient steps, and play ten
-episodes with their actors and with each kind of search. With --time_steps, it prints milliseconds
-of a train step; all agents take turns.
+With --planner, Director, the flat agent and disagreement stop after 100, 200 and 400 gradient
+steps, and play ten episodes with their actors and with each kind of search. With --time_steps, it
+prints milliseconds of a train step; all agents take turns.
 
 results/grid.jsonl holds the rows that variants/README.md shows.
 """
@@ -45,6 +45,7 @@ from variants import (
     higl,
     hindsight,
     options,
+    pets,
     planner,
     prioritized,
     same_episode,
@@ -123,6 +124,18 @@ class OptionsByHand(options.Agent):
             policy=lambda obs: torch.zeros_like(cells_of(obs["state"])[:, 0])))
 
 
+class OneModel(pets.Agent):
+    """pets without its ensemble: a score is the mean of as many samples of the world model."""
+
+    imagine_step = planner.Agent.imagine_step
+
+
+class OneSample(OneModel):
+    """The same with one sample, which is `planner`."""
+
+    score = planner.Agent.score
+
+
 class ReplayedAgain(dyna_q.Agent):
     """Dyna-Q that learns from the replayed transitions again instead of from imagined ones."""
 
@@ -196,6 +209,21 @@ RARE = {  # name: agent, flags; see `learn_rare_states`
     "rare, prioritized": (prioritized.Agent, []),
     "rare, prioritized by visits": (prioritized.Agent, ["--priority_alpha=0"]),
     "rare, prioritized by errors": (prioritized.Agent, ["--priority_c=0"]),
+}
+ACTORS = (planner.Agent, ["--planner=none"])
+SHOOTING = (planner.Agent, ["--planner=actions", "--rounds=1"])
+CEM = (planner.Agent, ["--planner=actions"])
+CEM_CODES = (planner.Agent, ["--planner=codes"])
+TREE = (planner.Agent, ["--planner=mcts"])
+SEARCHES = {  # trained agent: {search: agent that plays, flags}
+    "director": {
+        "none": ACTORS, "shooting": SHOOTING, "actions": CEM, "mcts": TREE, "codes": CEM_CODES},
+    "flat": {"none": ACTORS, "shooting": SHOOTING, "actions": CEM, "mcts": TREE},
+    "disagreement": {
+        "none": (pets.Agent, ["--planner=none"]), "actions": (OneSample, []),
+        "samples": (OneModel, []),
+        "ensemble": (pets.Agent, []),
+        "ensemble, cost 1": (pets.Agent, ["--disagreement_cost=1"])},
 }
 LOGGED = (  # metrics of a run that go into its row, the first and the last of them
     "goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec", "manager_ent",
@@ -599,19 +627,15 @@ def search(name: str, seed: int) -> Iterator[dict]:
 
     Each row has the mean return of ten episodes and the seconds per action in one environment.
     """
-    searches = {"none": ["--planner=none"], "shooting": ["--planner=actions", "--rounds=1"],
-                "actions": ["--planner=actions"], "mcts": ["--planner=mcts"],
-                "codes": ["--planner=codes"]}
-    if name == "flat":
-        del searches["codes"]  # which the flat agent does not have
+    trained, trained_flags = AGENTS[name]
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         for updates in (100, 200, 400):
             steps = PREFILL + TRAIN_EVERY * updates
-            train(folder, Director, [*AGENTS[name][1], f"--seed={seed}", f"--steps={steps}"])
-            for key, flags in searches.items():
-                flags = director.parse_args(flags, planner.Config)
-                agent = director.load(folder / "run", planner.Agent, **flags)
+            train(folder, trained, [*trained_flags, f"--seed={seed}", f"--steps={steps}"])
+            for key, (agent_class, flags) in SEARCHES[name].items():
+                flags = director.parse_args(flags, agent_class.Config)
+                agent = director.load(folder / "run", agent_class, **flags)
                 torch.manual_seed(seed)
                 _, seconds = play_episodes(agent, 1)
                 scores, _ = play_episodes(agent, 10)
@@ -686,7 +710,8 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[], metavar="AGENT",
-                        help="some of: half world; rare; " + "; ".join(AGENTS))
+                        help="some of: half world; rare; " + "; ".join(AGENTS) + "; with "
+                        "--planner some of: " + "; ".join(SEARCHES))
     parser.add_argument("--out", type=pathlib.Path, default="grid.jsonl", help="rows to write")
     parser.add_argument("--planner", action="store_true", help="compare kinds of search instead")
     parser.add_argument("--time_steps", action="store_true", help="time train steps instead")
@@ -696,7 +721,7 @@ def main(argv: list[str] | None = None):
         return
     if args.planner:
         found = itertools.chain.from_iterable(
-            search(name, seed) for seed in args.seeds for name in ("director", "flat"))
+            search(name, seed) for seed in args.seeds for name in args.only or SEARCHES)
     else:
         lines = args.out.read_text().splitlines() if args.out.exists() else []
         done = {(row["agent"], row["seed"]) for row in map(json.loads, lines)}

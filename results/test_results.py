@@ -127,8 +127,7 @@ def test_the_comparison_writes_a_row_per_run_and_skips_those_that_are_there(
 
 def test_the_rows_of_the_comparison_are_of_agents_that_the_program_has():
     rows = [json.loads(line) for line in open(HERE / "results/grid.jsonl")]
-    searches = {f"{name}, {search}" for name in ("director", "flat")
-                for search in ("none", "shooting", "actions", "mcts", "codes")}
+    searches = {f"{name}, {search}" for name, found in grid.SEARCHES.items() for search in found}
     for row in rows:
         assert row["agent"] in {*grid.AGENTS, *grid.HALF_WORLDS, *grid.RARE, *searches}, row
 
