@@ -181,6 +181,8 @@ AGENTS = {  # name: agent, flags
     "options, ends frozen": (frozen("worker/beta", options.Agent), []),
     "options, shuffled": (ShuffledOptions, []),
     "options, by hand": (OptionsByHand, ["--options=0"]),
+    "options, by hand, plain": (
+        OptionsByHand, ["--options=0", "--option_entropy=0", "--option_cost=0"]),
     "options, by hand and learned": (OptionsByHand, []),
     "hac": (hac.Agent, THREE_LEVELS),
     "hac, twice as long": (hac.Agent, [*THREE_LEVELS, "--steps=15400"]),
@@ -625,7 +627,7 @@ def learn_rare_states(name: str, seed: int) -> dict:
 def search(name: str, seed: int) -> Iterator[dict]:
     """Returns of an agent that searches, after 100, 200 and 400 gradient steps; a row per search.
 
-    Each row has the mean return of ten episodes and the seconds per action in one environment.
+    Each row has the mean return of ten episodes and the CPU seconds per action in one environment.
     """
     trained, trained_flags = AGENTS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -644,14 +646,14 @@ def search(name: str, seed: int) -> Iterator[dict]:
 
 
 def play_episodes(agent: Director, players: int) -> tuple[np.ndarray, float]:
-    """One episode of each player, with the worker's most likely actions: returns, and seconds."""
+    """One episode of each player, with the worker's most likely actions: returns, CPU seconds."""
     with director.vector_envs(agent.config, players) as envs:
         driver = director.Driver(envs, agent.config.seed)
-        state, start = None, time.time()
+        state, start = None, time.process_time()
         while not driver.rows["is_last"][0]:
             action, state = agent.policy(driver.rows, state, mode="eval")
             driver.step(action.numpy())
-        return driver.score, time.time() - start
+        return driver.score, time.process_time() - start
 
 
 def time_train_steps(rounds: int = 15, size: str = "xs"):
