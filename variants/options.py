@@ -43,6 +43,8 @@ options start in every state. An option that has started may leave its set. To u
     class Agent(options.Agent):
         hand_written = (right,)
 
+    sys.exit(director.main(agent=Agent))
+
 The functions read the observation that the decoder reconstructs from the latent state, in the
 environment, too. Imagined states have no other observation. If the functions read the real one in
 the environment, an option would do there what it does not do where its value was learned. The price
@@ -52,8 +54,9 @@ What is left out: in the paper pi is epsilon-greedy in a Q learned from single r
 is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
 Harb et al., 2018). Soft versions of option-critic also add the entropy of actions to Q; here it is
 Director's bonus in the actor's loss, and no value includes it. Gradients of continuous actions do
-not flow through ends and picks. There are no goals, but `--horizon` still has to be a multiple of
-`--goal_duration`.
+not flow through ends and picks. Options by hand are Markov: they do not know how long they have
+lasted, so they have no time limits. There are no goals, but `--horizon` still has to be a multiple
+of `--goal_duration`.
 """
 
 import dataclasses
