@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import pathlib
 import re
@@ -14,8 +15,8 @@ import pytest
 import torch
 
 import director
-from conftest import HERE, RUN, make_variant, random_batch, run_program, starts_at
-from variants import dyna_q, feudal
+from conftest import HERE, RUN, close, make_variant, random_batch, run_program, starts_at
+from variants import dyna_q, feudal, pets
 
 sys.path.insert(0, str(HERE / "results"))
 import grid
@@ -87,6 +88,36 @@ def test_the_twin_of_dyna_q_learns_as_often_from_replayed_steps_alone(monkeypatc
     assert [index for index, _ in updates] == [0, 1, 2]
     assert all(steps is updates[0][1] for _, steps in updates)
     assert updates[0][1]["before"].shape[:2] == (2, 8)  # pairs of replayed states
+
+
+def test_the_twins_of_pets_plan_with_the_world_model_alone(modes):
+    """With modes in place of samples, the mean over samples is each of them."""
+    state = dict(zip(("deter", "stoch"), torch.randn(2, 3, 16), strict=True))
+    moves = torch.eye(5)[torch.randint(5, (4, 3, 7))]
+    scores = [make_variant(agent, members=3).score(state, moves).detach() for agent in
+              (grid.OneModel, grid.OneSample, pets.Agent)]
+    close(scores[0], scores[1], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(scores[0], scores[2], rtol=1e-3)
+
+
+def test_the_options_by_hand_lead_from_every_cell_to_the_walls_of_the_grid():
+    """Each from every cell, with the true observation in place of the decoded one."""
+    ends = [lambda x, y: (x, 5), lambda x, y: (x, 0), lambda x, y: (5, y), lambda x, y: (0, y),
+            lambda x, y: (x, y)]
+    env = grid.Grid()
+    for cell in itertools.product(range(6), range(6)):
+        for option, end in zip(grid.OptionsByHand.hand_written, ends, strict=True):
+            env.reset()
+            env.cell = np.array(cell)
+            obs = {"state": torch.eye(6)[env.cell].flatten()[None]}
+            if option.starts(obs):
+                for _ in range(6):
+                    state = env.step(int(option.policy(obs)))[0]
+                    obs = {"state": torch.as_tensor(state)[None]}
+                    if option.ends(obs):
+                        break
+                assert option.ends(obs)
+            assert tuple(env.cell) == end(*cell)
 
 
 def test_equal_numbers_share_a_rank_and_entropies_are_those_of_fractions():
