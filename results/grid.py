@@ -184,6 +184,8 @@ AGENTS = {  # name: agent, flags
     "options, by hand, plain": (
         OptionsByHand, ["--options=0", "--option_entropy=0", "--option_cost=0"]),
     "options, by hand and learned": (OptionsByHand, []),
+    "options, by hand and learned, plain": (
+        OptionsByHand, ["--option_entropy=0", "--option_cost=0"]),
     "hac": (hac.Agent, THREE_LEVELS),
     "hac, twice as long": (hac.Agent, [*THREE_LEVELS, "--steps=15400"]),
     "hac, hindsight": (hac.Agent, [*THREE_LEVELS, "--hindsight=1"]),
