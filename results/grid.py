@@ -130,8 +130,17 @@ class OneModel(pets.Agent):
     imagine_step = planner.Agent.imagine_step
 
 
+class OneMember(pets.Agent):
+    """pets whose first member imagines all trajectories."""
+
+    def build(self, action):
+        super().build(action)
+        for member in self.ensemble.members[1:]:
+            member.forward = self.ensemble.members[0].forward
+
+
 class OneSample(OneModel):
-    """The same with one sample, which is `planner`."""
+    """A score is one sample of the world model, as in `planner`."""
 
     score = planner.Agent.score
 
@@ -225,7 +234,7 @@ SEARCHES = {  # trained agent: {search: agent that plays, flags}
     "flat": {"none": ACTORS, "shooting": SHOOTING, "actions": CEM, "mcts": TREE},
     "disagreement": {
         "none": (pets.Agent, ["--planner=none"]), "actions": (OneSample, []),
-        "samples": (OneModel, []),
+        "samples": (OneModel, []), "one member": (OneMember, []),
         "ensemble": (pets.Agent, []),
         "ensemble, cost 1": (pets.Agent, ["--disagreement_cost=1"])},
 }

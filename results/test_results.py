@@ -100,6 +100,18 @@ def test_the_twins_of_pets_plan_with_the_world_model_alone(modes):
     assert not torch.allclose(scores[0], scores[2], rtol=1e-3)
 
 
+def test_the_twin_of_pets_with_one_member_asks_the_others_nothing(modes):
+    state = dict(zip(("deter", "stoch"), torch.randn(2, 3, 16), strict=True))
+    moves = torch.eye(5)[torch.randint(5, (4, 3, 7))]
+    agent = make_variant(grid.OneMember, members=3, disagreement_cost=9)
+    score = agent.score(state, moves)
+    for member in agent.ensemble.members[1:]:
+        torch.nn.init.normal_(member.out.weight)
+    close(agent.score(state, moves), score)
+    torch.nn.init.normal_(agent.ensemble.members[0].out.weight)
+    assert not torch.allclose(agent.score(state, moves), score, rtol=1e-3)
+
+
 def test_the_options_by_hand_lead_from_every_cell_to_the_walls_of_the_grid():
     """Each from every cell, with the true observation in place of the decoded one."""
     ends = [lambda x, y: (x, 5), lambda x, y: (x, 0), lambda x, y: (5, y), lambda x, y: (0, y),
