@@ -45,6 +45,9 @@ options start in every state. An option that has started may leave its set. To u
 
     sys.exit(director.main(agent=Agent))
 
+The entropy weight keeps learned options in use, which are alike. Options by hand differ, and a pick
+at random costs more: without learned ones, set `--option_entropy 0 --option_cost 0` (the paper's).
+
 The functions read the observation that the decoder reconstructs from the latent state, in the
 environment, too. Imagined states have no other observation. If the functions read the real one in
 the environment, an option would do there what it does not do where its value was learned. The price
