@@ -9,9 +9,9 @@ of 6 by 6 cells (envs/grid.py). The program writes a line of JSON per run to --o
 return of the last 24 episodes and measurements that show whether the agent's idea is at work. It
 skips runs that --out already has. A run takes about a minute on one core.
 
-With --planner, Director and the flat agent stop after 100, 200 and 400 gradient steps, and play ten
-episodes with their actors and with each kind of search. With --time_steps, it prints milliseconds
-of a train step; all agents take turns.
+With --planner, Director, the flat agent and disagreement stop after 100, 200 and 400 gradient
+steps, and play ten episodes with their actors and with each kind of search. With --time_steps, it
+prints milliseconds of a train step; all agents take turns.
 
 results/grid.jsonl holds the rows that variants/README.md shows.
 """
@@ -46,6 +46,7 @@ from variants import (
     higl,
     hindsight,
     options,
+    pets,
     planner,
     prioritized,
     same_episode,
@@ -99,6 +100,50 @@ class ShuffledOptions(options.Agent):
     def player_trajectories(self, traj):
         others = traj["option"].roll(traj["option"].shape[1] // 2, 1)
         return {"worker": {**traj, "option": others}}
+
+
+def to_the_wall(action: int, axis: int, wall: int) -> options.HandWritten:
+    """An option by hand that repeats a move until the player is at the wall (0 or 5) of an axis."""
+    def place(obs):
+        return cells_of(obs["state"])[:, axis]
+    return options.HandWritten(
+        starts=lambda obs: place(obs) != wall, ends=lambda obs: place(obs) == wall,
+        policy=lambda obs: torch.full_like(place(obs), action))
+
+
+class OptionsByHand(options.Agent):
+    """Down, up, right or left until the wall, and to stay for one step.
+
+    Best possible return: 53, since a player that goes to a wall first comes too late by 2 steps.
+    """
+
+    hand_written = (
+        to_the_wall(1, 1, 5), to_the_wall(2, 1, 0), to_the_wall(3, 0, 5), to_the_wall(4, 0, 0),
+        options.HandWritten(
+            starts=lambda obs: cells_of(obs["state"])[:, 0] >= 0,
+            ends=lambda obs: cells_of(obs["state"])[:, 0] >= 0,
+            policy=lambda obs: torch.zeros_like(cells_of(obs["state"])[:, 0])))
+
+
+class OneModel(pets.Agent):
+    """pets without its ensemble: a score is the mean of as many samples of the world model."""
+
+    imagine_step = planner.Agent.imagine_step
+
+
+class OneMember(pets.Agent):
+    """pets whose first member imagines all trajectories."""
+
+    def build(self, action):
+        super().build(action)
+        for member in self.ensemble.members[1:]:
+            member.forward = self.ensemble.members[0].forward
+
+
+class OneSample(OneModel):
+    """A score is one sample of the world model, as in `planner`."""
+
+    score = planner.Agent.score
 
 
 class ReplayedAgain(dyna_q.Agent):
@@ -166,8 +211,14 @@ AGENTS = {  # name: agent, flags
     "options, plain": (options.Agent, ["--option_entropy=0", "--option_cost=0"]),
     "options, no cost": (options.Agent, ["--option_cost=0"]),
     "options, no entropy": (options.Agent, ["--option_entropy=0"]),
-    "options, ends frozen": (frozen("worker/end", options.Agent), []),
+    "options, ends frozen": (frozen("worker/beta", options.Agent), []),
     "options, shuffled": (ShuffledOptions, []),
+    "options, by hand": (OptionsByHand, ["--options=0"]),
+    "options, by hand, plain": (
+        OptionsByHand, ["--options=0", "--option_entropy=0", "--option_cost=0"]),
+    "options, by hand and learned": (OptionsByHand, []),
+    "options, by hand and learned, plain": (
+        OptionsByHand, ["--option_entropy=0", "--option_cost=0"]),
     "hac": (hac.Agent, THREE_LEVELS),
     "hac, twice as long": (hac.Agent, [*THREE_LEVELS, "--steps=15400"]),
     "hac, hindsight": (hac.Agent, [*THREE_LEVELS, "--hindsight=1"]),
@@ -197,6 +248,21 @@ RARE = {  # name: agent, flags; see `learn_rare_states`
     "rare, prioritized": (prioritized.Agent, []),
     "rare, prioritized by visits": (prioritized.Agent, ["--priority_alpha=0"]),
     "rare, prioritized by errors": (prioritized.Agent, ["--priority_c=0"]),
+}
+ACTORS = (planner.Agent, ["--planner=none"])
+SHOOTING = (planner.Agent, ["--planner=actions", "--rounds=1"])
+CEM = (planner.Agent, ["--planner=actions"])
+CEM_CODES = (planner.Agent, ["--planner=codes"])
+TREE = (planner.Agent, ["--planner=mcts"])
+SEARCHES = {  # trained agent: {search: agent that plays, flags}
+    "director": {
+        "none": ACTORS, "shooting": SHOOTING, "actions": CEM, "mcts": TREE, "codes": CEM_CODES},
+    "flat": {"none": ACTORS, "shooting": SHOOTING, "actions": CEM, "mcts": TREE},
+    "disagreement": {
+        "none": (pets.Agent, ["--planner=none"]), "actions": (OneSample, []),
+        "samples": (OneModel, []), "one member": (OneMember, []),
+        "ensemble": (pets.Agent, []),
+        "ensemble, cost 1": (pets.Agent, ["--disagreement_cost=1"])},
 }
 LOGGED = (  # metrics of a run that go into its row, the first and the last of them
     "goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec", "manager_ent",
@@ -312,33 +378,36 @@ def option_differences(agent: options.Agent, replay: director.Replay) -> dict[st
     """How much options differ in replayed states.
 
     values: standard deviation of Q between options, as a fraction of that over states and options.
-    actions: total variation between the action distributions of two options, 0 to 1.
+    actions: total variation between the action distributions of two learned options, 0 to 1; it is
+    missing if there is no pair.
     """
-    count = agent.config.options
+    worker = agent.worker
     found = []
     for _ in range(BATCHES):
         states = filtered_states(agent, replay)
         state = torch.cat([states["deter"], states["stoch"]], -1).flatten(0, 1)  # [N, F]
-        option = torch.eye(count)[:, None].expand(-1, len(state), -1)
+        option = torch.eye(worker.count)[:, None].expand(-1, len(state), -1)
         with torch.no_grad():
-            feat = torch.cat([state.expand(count, -1, -1), option], -1)  # [options, N, F]
-            probs = agent.worker.dist(feat).probs
-            values = agent.worker.critics["extr"](feat).mean
+            feat = torch.cat([state.expand(worker.count, -1, -1), option], -1)  # [options, N, F]
+            probs = director.OneHot(worker.actor(feat[: worker.learned]), unimix=0.01).probs
+            values = worker.critics["extr"](feat).mean
         variations = [(probs[i] - probs[j]).abs().sum(-1).mean() / 2
-                      for i, j in itertools.combinations(range(count), 2)]
-        found.append((values.std(0, correction=0).mean() / values.std(), np.mean(variations)))
-    values, actions = np.mean(found, 0).tolist()
-    return {"values": values, "actions": actions}
+                      for i, j in itertools.combinations(range(worker.learned), 2)]
+        row = {"values": values.std(0, correction=0).mean() / values.std()}
+        if variations:
+            row["actions"] = np.mean(variations)
+        found.append(row)
+    return {key: float(np.mean([row[key] for row in found])) for key in found[0]}
 
 
 def option_use(agent: options.Agent, players: int = 32) -> dict:
     """How an agent uses its options in one episode of each of 32 players.
 
     length: 1 over the mean probability to end. same: mean number of steps until another option is
-    active. used: exp of the entropy of which option is active. return: of the agent. alone: the
-    return of each option when it is the only one.
+    active. fractions: of steps in which each option is active. used: exp of their entropy. return:
+    of the agent. alone: the return of each option when it is the only one, and never ends.
     """
-    count, choose = agent.config.options, agent.choose
+    count, choose = agent.worker.count, agent.choose
 
     def play() -> tuple[float, torch.Tensor, torch.Tensor]:
         """Mean return; the active option [T, players]; the probabilities to end [T, players]."""
@@ -362,6 +431,7 @@ def option_use(agent: options.Agent, players: int = 32) -> dict:
         alone.append(play()[0])
     agent.choose = choose
     return {"length": float(1 / ends[1:].mean()), "same": float(1 / changes.clamp(min=1e-3)),
+            "fractions": fractions.tolist(),
             "used": float(torch.special.entr(fractions).sum().exp()), "return": score,
             "alone": alone}
 
@@ -653,21 +723,17 @@ def learn_rare_states(name: str, seed: int) -> dict:
 def search(name: str, seed: int) -> Iterator[dict]:
     """Returns of an agent that searches, after 100, 200 and 400 gradient steps; a row per search.
 
-    Each row has the mean return of ten episodes and the seconds per action in one environment.
+    Each row has the mean return of ten episodes and the CPU seconds per action in one environment.
     """
-    searches = {"none": ["--planner=none"], "shooting": ["--planner=actions", "--rounds=1"],
-                "actions": ["--planner=actions"], "mcts": ["--planner=mcts"],
-                "codes": ["--planner=codes"]}
-    if name == "flat":
-        del searches["codes"]  # which the flat agent does not have
+    trained, trained_flags = AGENTS[name]
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         for updates in (100, 200, 400):
             steps = PREFILL + TRAIN_EVERY * updates
-            train(folder, Director, [*AGENTS[name][1], f"--seed={seed}", f"--steps={steps}"])
-            for key, flags in searches.items():
-                flags = director.parse_args(flags, planner.Config)
-                agent = director.load(folder / "run", planner.Agent, **flags)
+            train(folder, trained, [*trained_flags, f"--seed={seed}", f"--steps={steps}"])
+            for key, (agent_class, flags) in SEARCHES[name].items():
+                flags = director.parse_args(flags, agent_class.Config)
+                agent = director.load(folder / "run", agent_class, **flags)
                 torch.manual_seed(seed)
                 _, seconds = play_episodes(agent, 1)
                 scores, _ = play_episodes(agent, 10)
@@ -676,14 +742,14 @@ def search(name: str, seed: int) -> Iterator[dict]:
 
 
 def play_episodes(agent: Director, players: int) -> tuple[np.ndarray, float]:
-    """One episode of each player, with the worker's most likely actions: returns, and seconds."""
+    """One episode of each player, with the worker's most likely actions: returns, CPU seconds."""
     with director.vector_envs(agent.config, players) as envs:
         driver = director.Driver(envs, agent.config.seed)
-        state, start = None, time.time()
+        state, start = None, time.process_time()
         while not driver.rows["is_last"][0]:
             action, state = agent.policy(driver.rows, state, mode="eval")
             driver.step(action.numpy())
-        return driver.score, time.time() - start
+        return driver.score, time.process_time() - start
 
 
 def time_train_steps(rounds: int = 15, size: str = "xs"):
@@ -742,7 +808,8 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[], metavar="AGENT",
-                        help="some of: half world; rare; " + "; ".join(AGENTS))
+                        help="some of: half world; rare; " + "; ".join(AGENTS) + "; with "
+                        "--planner some of: " + "; ".join(SEARCHES))
     parser.add_argument("--out", type=pathlib.Path, default="grid.jsonl", help="rows to write")
     parser.add_argument("--planner", action="store_true", help="compare kinds of search instead")
     parser.add_argument("--time_steps", action="store_true", help="time train steps instead")
@@ -752,7 +819,7 @@ def main(argv: list[str] | None = None):
         return
     if args.planner:
         found = itertools.chain.from_iterable(
-            search(name, seed) for seed in args.seeds for name in ("director", "flat"))
+            search(name, seed) for seed in args.seeds for name in args.only or SEARCHES)
     else:
         lines = args.out.read_text().splitlines() if args.out.exists() else []
         done = {(row["agent"], row["seed"]) for row in map(json.loads, lines)}

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import pathlib
 import re
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 import director
-from conftest import HERE, RUN, make_variant, random_batch, run_program, starts_at
-from variants import dyna_q, feudal
+from conftest import HERE, RUN, close, make_variant, random_batch, run_program, starts_at
+from variants import dyna_q, feudal, pets
 
 sys.path.insert(0, str(HERE / "results"))
 import grid
@@ -131,6 +132,48 @@ def test_values_are_measured_while_training_goes_on_as_without_it(monkeypatch):
     assert torch.equal(*weights)
 
 
+def test_the_twins_of_pets_plan_with_the_world_model_alone(modes):
+    """With modes in place of samples, the mean over samples is each of them."""
+    state = dict(zip(("deter", "stoch"), torch.randn(2, 3, 16), strict=True))
+    moves = torch.eye(5)[torch.randint(5, (4, 3, 7))]
+    scores = [make_variant(agent, members=3).score(state, moves).detach() for agent in
+              (grid.OneModel, grid.OneSample, pets.Agent)]
+    close(scores[0], scores[1], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(scores[0], scores[2], rtol=1e-3)
+
+
+def test_the_twin_of_pets_with_one_member_asks_the_others_nothing(modes):
+    state = dict(zip(("deter", "stoch"), torch.randn(2, 3, 16), strict=True))
+    moves = torch.eye(5)[torch.randint(5, (4, 3, 7))]
+    agent = make_variant(grid.OneMember, members=3, disagreement_cost=9)
+    score = agent.score(state, moves)
+    for member in agent.ensemble.members[1:]:
+        torch.nn.init.normal_(member.out.weight)
+    close(agent.score(state, moves), score)
+    torch.nn.init.normal_(agent.ensemble.members[0].out.weight)
+    assert not torch.allclose(agent.score(state, moves), score, rtol=1e-3)
+
+
+def test_the_options_by_hand_lead_from_every_cell_to_the_walls_of_the_grid():
+    """Each from every cell, with the true observation in place of the decoded one."""
+    ends = [lambda x, y: (x, 5), lambda x, y: (x, 0), lambda x, y: (5, y), lambda x, y: (0, y),
+            lambda x, y: (x, y)]
+    env = grid.Grid()
+    for cell in itertools.product(range(6), range(6)):
+        for option, end in zip(grid.OptionsByHand.hand_written, ends, strict=True):
+            env.reset()
+            env.cell = np.array(cell)
+            obs = {"state": torch.eye(6)[env.cell].flatten()[None]}
+            if option.starts(obs):
+                for _ in range(6):
+                    state = env.step(int(option.policy(obs)))[0]
+                    obs = {"state": torch.as_tensor(state)[None]}
+                    if option.ends(obs):
+                        break
+                assert option.ends(obs)
+            assert tuple(env.cell) == end(*cell)
+
+
 def test_equal_numbers_share_a_rank_and_entropies_are_those_of_fractions():
     assert grid.ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
     assert grid.entropy(np.array([[4, 0], [1, 1]])).tolist() == pytest.approx([0, np.log(2)])
@@ -169,8 +212,7 @@ def test_the_comparison_writes_a_row_per_run_and_skips_those_that_are_there(
 
 def test_the_rows_of_the_comparison_are_of_agents_that_the_program_has():
     rows = [json.loads(line) for line in open(HERE / "results/grid.jsonl")]
-    searches = {f"{name}, {search}" for name in ("director", "flat")
-                for search in ("none", "shooting", "actions", "mcts", "codes")}
+    searches = {f"{name}, {search}" for name, found in grid.SEARCHES.items() for search in found}
     for row in rows:
         assert row["agent"] in {*grid.AGENTS, *grid.HALF_WORLDS, *grid.RARE, *searches}, row
 

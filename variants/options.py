@@ -1,41 +1,74 @@
-"""Option-Critic: policies that last for a while, and learn when to end.
+"""Option-Critic: policies that last for a while and learn when to end; options by hand beside them.
 
-Paper: The Option-Critic Architecture (Bacon, Harb, Precup, 2017).
+Papers: The Option-Critic Architecture (Bacon, Harb, Precup, 2017), whose notation this file uses.
+Options are those of Between MDPs and semi-MDPs (Sutton, Precup, Singh, 1999).
 
     python -m variants.options --task pinpad_three [--option_entropy 0 --option_cost 0]
 
-Idea: an option w is a policy with a probability beta(s, w) of ending in state s. A policy over
-options, pi(w | s), then picks the next one. Everything learns from the task reward; there are no
-goals.
+Idea: an option w has a policy over actions, and a probability beta(s, w) of ending in state s. A
+policy over options, pi(w | s), then picks the next one. Everything learns from the task reward;
+there are no goals.
 
-What changes: the worker reads an option (one-hot) and is rewarded for the task. In each state that
-is reached, the option that led there ends with probability beta; then pi picks an option, which may
-be the same one. The critic is Q(s, w), and V(s) is its mean under pi(w | s). Lambda returns
-bootstrap from the value of arriving in s' with option w (eq. 3),
+What changes: the worker's actor and critic read an option (one-hot). In each state that is reached,
+the option that led there ends with probability beta; then pi picks an option, which may be the same
+one. The quantities of the paper, all computed from the critic:
 
-    U(s', w) = (1 - beta(s', w)) Q(s', w) + beta(s', w) V(s').
+    Q(s, w)                                                     value of option w in state s
+    V(s)     = sum_w pi(w | s) Q(s, w)                          value of a pick
+    A(s, w)  = Q(s, w) - V(s)                                   advantage of w over a pick
+    U(s', w) = (1 - beta(s', w)) Q(s', w) + beta(s', w) V(s')   value of arriving with w (eq. 3)
 
-- beta minimises beta(s', w) (Q(s', w) - V(s') + `--option_cost`), without a gradient through the
-  bracket, weighted by the discounted probability of getting there (theorem 2; xi is the cost).
-- pi maximises V plus `--option_entropy` times its entropy, in all states. V then includes future
+- Q learns lambda returns that bootstrap from U.
+- beta minimizes beta(s', w) (A(s', w) + `--option_cost`), without a gradient through the bracket,
+  weighted by the discounted probability of getting there (theorem 2; xi is the cost).
+- pi maximizes V plus `--option_entropy` times its entropy, in all states. V then includes future
   entropies, and each pick adds one, which is a reason to end. With the optimal pi, option w ends
   where pi(w | s) < exp(-cost / entropy weight).
-- Cost and entropy weight are in units of the standard deviation of Q - V, because rewards may have
-  any scale.
+- Cost and entropy weight are in units of the standard deviation of A, because rewards may have any
+  scale.
+
+Options by hand: `HandWritten` has an initiation set, a policy and a probability to end that a
+person wrote. Only Q and pi learn for them, by the formulas above: beta and actions are given, and
+neither has a gradient. pi is 0 for an option whose initiation set does not hold the state; learned
+options start in every state. An option that has started may leave its set. To use them, alone
+(`--options 0`) or beside learned ones, write a file with a subclass, here for `envs/grid.py`:
+
+    def column(obs):  # of the player, [N]
+        return obs["state"][:, :6].argmax(-1)
+
+    right = options.HandWritten(  # goes right until the wall
+        starts=lambda obs: column(obs) < 5, ends=lambda obs: column(obs) == 5,
+        policy=lambda obs: torch.full_like(column(obs), 3))
+
+    class Agent(options.Agent):
+        hand_written = (right,)
+
+    sys.exit(director.main(agent=Agent))
+
+The entropy weight keeps learned options in use, which are alike. Options by hand differ, and a pick
+at random costs more: without learned ones, set `--option_entropy 0 --option_cost 0` (the paper's).
+
+The functions read the observation that the decoder reconstructs from the latent state, in the
+environment, too. Imagined states have no other observation. If the functions read the real one in
+the environment, an option would do there what it does not do where its value was learned. The price
+is that options by hand make mistakes until the decoder is good, and see nothing that it leaves out.
 
 What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
 is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
 Harb et al., 2018). Soft versions of option-critic also add the entropy of actions to Q; here it is
 Director's bonus in the actor's loss, and no value includes it. Gradients of continuous actions do
-not flow through ends and picks. There are no goals, but `--horizon` still has to be a multiple of
-`--goal_duration`.
+not flow through ends and picks. Options by hand are Markov: they do not know how long they have
+lasted, so they have no time limits. There are no goals, but `--horizon` still has to be a multiple
+of `--goal_duration`.
 """
 
 import dataclasses
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import director
@@ -46,7 +79,8 @@ from variants import refuse
 class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no options", ("director",),
                                fixed=True)
-    options: int = director.flag(4, "number of options", group="options", fixed=True)
+    options: int = director.flag(4, "number of learned options", low=0, group="options",
+                                 fixed=True)
     option_entropy: float = director.flag(1.0, "weight of the entropy of picks", low=0)
     option_cost: float = director.flag(1.4, "cost of ending an option", low=0)
 
@@ -56,45 +90,126 @@ class Config(director.Config):
         refuse(self, unread, "there are no goals")
 
 
-class OptionCritic(director.ActorCritic):
-    """An actor-critic with W options, the last part of what it reads.
+@dataclasses.dataclass(frozen=True)
+class HandWritten:
+    """An option that a person wrote: three functions of a decoded observation.
 
-    end: logits of beta. over: logits of pi. Both read the state without the option, [..., F - W].
-    A trajectory has also option [H+1, N, W], the one that acts; pick [H+1, N, W], the probabilities
-    pi; and beta [H+1, N], the probability that the option that led to a state ended there.
+    They read a dict of tensors: "state" [N, n] in the environment's units and "image" [N, 64, 64,
+    3] in 0..1, those of the two that the agent observes. They are called without gradients.
     """
 
-    def __init__(self, keys: tuple, feat: int, *args):
+    starts: Callable  # -> bool [N], the initiation set: states in which pi may pick the option
+    policy: Callable  # -> actions: numbers [N] of discrete ones, else [N, A]
+    ends: Callable  # -> beta, [N], bool or a probability: whether it ends in a state it reached
+
+
+class PartlyByHand:
+    """A distribution of actions, which are given where `by_hand` [...] is true.
+
+    An actor learns nothing from such steps: their log-probability is 0, and their entropy the one
+    that `AutoAdapt` aims at, so that they do not change its scale.
+    """
+
+    def __init__(self, dist, by_hand: Tensor, given: Callable, target: float):
+        self.dist, self.by_hand, self.given = dist, by_hand, given
+        self.entropy_range = low, high = dist.entropy_range
+        self.target = low + target * (high - low)
+
+    def replace(self, x: Tensor, value: Tensor | float) -> Tensor:
+        """[..., A], or [...] for one discrete action."""
+        mask = self.by_hand if x.ndim == self.by_hand.ndim else self.by_hand[..., None]
+        return torch.where(mask, value, x)
+
+    def rsample(self) -> Tensor:
+        return self.replace(self.dist.rsample(), self.given())
+
+    @property
+    def mode(self) -> Tensor:
+        return self.replace(self.dist.mode, self.given())
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return self.replace(self.dist.log_prob(action), 0.0)
+
+    def entropy(self) -> Tensor:
+        return self.replace(self.dist.entropy(), self.target)
+
+
+class OptionCritic(director.ActorCritic):
+    """An actor-critic with W options, the last part of what it reads: learned, then by hand.
+
+    pi_net, beta_net: logits of pi and beta, [..., W]; they read the state without the option, [...,
+    F - W]. A trajectory has also option [H+1, N, W], the one that acts; pi [H+1, N, W]; and beta
+    [H+1, N], the probability that the option that led to a state ended there.
+    """
+
+    def __init__(self, keys: tuple, feat: int, *args, hand_written: tuple, decode: Callable):
         super().__init__(keys, feat, *args)
-        count = self.config.options
-        self.end = director.MLP(feat - count, (count,), self.config)
-        self.over = director.MLP(feat - count, (count,), self.config)
-        self.optimizers["end"] = director.Optimizer(self.end, self.config)
-        self.optimizers["over"] = director.Optimizer(self.over, self.config)
-        self.gapnorm = director.Normalizer("std", 0.99, 1e8)  # of Q - V
+        self.hand_written, self.decode = hand_written, decode
+        self.learned = self.config.options
+        self.count = self.learned + len(hand_written)  # W
+        self.beta_net = director.MLP(feat - self.count, (self.count,), self.config)
+        self.pi_net = director.MLP(feat - self.count, (self.count,), self.config)
+        self.optimizers["beta"] = director.Optimizer(self.beta_net, self.config)
+        self.optimizers["pi"] = director.Optimizer(self.pi_net, self.config)
+        self.gapnorm = director.Normalizer("std", 0.99, 1e8)  # of A
 
-    def pick(self, state: Tensor) -> director.OneHot:
-        """pi, [..., W]; mixed with the uniform distribution like all discrete actors."""
-        return director.OneHot(self.over(state), unimix=0.01)
+    def pi(self, state: Tensor, available: Tensor) -> director.OneHot:
+        """The policy over options, [..., W]; 0 where `available` [..., W] is false.
 
-    def values(self, state: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
+        It is mixed with the uniform distribution over what is available, like all discrete actors.
+        """
+        probs = self.pi_net(state).masked_fill(~available, -1e4).softmax(-1)
+        probs = 0.99 * probs + 0.01 * available / available.sum(-1, keepdim=True)
+        logits = probs.masked_fill(~available, 1).log()  # the gradient of log(0) would be NaN
+        return director.OneHot(logits.masked_fill(~available, -1e4))
+
+    def available_and_beta(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Which options can start, bool [N, W], and beta(s, w), [N, W], in states [N, F - W]."""
+        beta = self.beta_net(state).sigmoid()
+        available = torch.ones_like(beta, dtype=torch.bool)
+        if self.hand_written:
+            obs = self.decode(state)
+            for w, hand in enumerate(self.hand_written, self.learned):
+                available[:, w] = hand.starts(obs)
+                beta[:, w] = hand.ends(obs)
+        return available, beta
+
+    def dist(self, feat: Tensor):
+        """Distribution of actions of the option that feat [..., F] ends with."""
+        dist = super().dist(feat)
+        if not self.hand_written:
+            return dist
+        by_hand = feat[..., -len(self.hand_written) :].sum(-1) > 0
+        return PartlyByHand(dist, by_hand, lambda: self.given(feat), self.ent_adapt.target)
+
+    @torch.no_grad()
+    def given(self, feat: Tensor) -> Tensor:
+        """Actions of the options by hand, [N, F] -> [N, A]; 0 where a learned option acts."""
+        option = feat[:, -self.count :]
+        obs = self.decode(feat[:, : -self.count])
+        given = torch.zeros(len(feat), self.action[-1], device=feat.device)
+        for w, hand in enumerate(self.hand_written, self.learned):
+            action = hand.policy(obs)
+            if self.discrete:
+                action = F.one_hot(action.long(), self.action[-1])
+            given = torch.where(option[:, w, None] > 0, action.float(), given)
+        return given
+
+    def values(self, state: Tensor, pi: Tensor) -> tuple[Tensor, Tensor]:
         """Q(s, w) of the slow critic, [..., W], and V(s) without entropies, [...]."""
-        count = pick.shape[-1]
         q = []
-        for option in torch.eye(count, device=pick.device):
-            option = option.expand(*pick.shape[:-1], count)
-            q.append(self.slow["extr"](torch.cat([state, option], -1)).mean)
+        for w in torch.eye(self.count, device=pi.device):
+            w = w.expand(*pi.shape[:-1], self.count)
+            q.append(self.slow["extr"](torch.cat([state, w], -1)).mean)
         q = torch.stack(q, -1)
-        return q, (q * pick).sum(-1)
+        return q, (pi * q).sum(-1)
 
     def returns(self, name: str, feat: Tensor, traj: dict) -> tuple[Tensor, Tensor]:
         """Lambda returns of the options that act, and their Q, [H, N] both."""
         config = self.config
-        w = traj["option"][:-1]  # acts in states 0..H-1 and leads to states 1..H
-        pick = traj["pick"]
-        beta = traj["beta"][1:]
-        state = feat[..., : -config.options]
-        q, v = self.values(state, pick)  # [H+1, N, W], [H+1, N]
+        w = traj["option"][:-1]  # acts in states s = 0..H-1, leads to states s' = 1..H
+        pi, beta = traj["pi"], traj["beta"][1:]  # beta(s', w)
+        q, v = self.values(feat[..., : -self.count], pi)  # [H+1, N, W], [H+1, N]
         q_acting = (q[:-1] * w).sum(-1)  # Q(s, w), [H, N]
         q_next = (q[1:] * w).sum(-1)  # Q(s', w), [H, N]
         u = (1 - beta) * q_next + beta * v[1:]  # U(s', w), eq. 3
@@ -103,64 +218,91 @@ class OptionCritic(director.ActorCritic):
         # the first step there is none, and the weight is 0.
         weight = config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
         discount = config.discount * traj["cont"][1:]
-        entropy = torch.special.entr(pick[1:]).sum(-1)
+        entropy = torch.special.entr(pi[1:]).sum(-1)
         reward = traj["reward_extr"] + discount * beta * weight * entropy
-        u = torch.cat([q_acting[:1], u])  # [H+1, N]; lambda_return ignores the first
-        return director.lambda_return(reward, u, discount, config.lam), q_acting
+        value = torch.cat([q_acting[:1], u])  # [H+1, N]; lambda_return ignores the first
+        return director.lambda_return(reward, value, discount, config.lam), q_acting
 
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
-        """Train critics and actor, then beta and pi."""
+        """Train critic and actor, then beta and pi."""
         metrics = super().learn(traj, copy_slow)
         config = self.config
-        w = traj["option"][:-1]
+        state = self.feat(traj)[..., : -self.count].detach()
+        w = traj["option"][:-1]  # leads to states s' = 1..H
         weight = director.trajectory_weights(traj["cont"].detach(), config.discount)  # [H+1, N]
-        state = self.feat(traj)[..., : -config.options].detach()
+        available = traj["pi"] > 0  # in all states, if no option is by hand
         with director.autocast(config):
-            pick = self.pick(state)
-            beta = (self.end(state[1:]).sigmoid() * w).sum(-1)  # beta(s', w), [H, N]
-            q, v = self.values(state, traj["pick"])
-        advantage = self.gapnorm(q - v[..., None])  # Q - V, [H+1, N, W]
-        entropy = config.option_entropy * pick.entropy()  # [H+1, N]
-        gain = (advantage[1:] * w).sum(-1) - entropy[1:].detach()  # of w over another pick, [H, N]
-        end_loss = (beta * (gain + config.option_cost) * weight[1:]).mean()
-        over_loss = -(((pick.probs * advantage).sum(-1) + entropy) * weight).mean()
-        metrics["end_grad_norm"] = self.optimizers["end"].minimize(end_loss)
-        metrics["over_grad_norm"] = self.optimizers["over"].minimize(over_loss)
-        metrics["option_length"] = 1 / traj["beta"][1:].mean()
-        metrics["pick_ent"] = pick.entropy().mean()
+            pi = self.pi(state, available)
+            beta = (self.beta_net(state[1:]).sigmoid() * w).sum(-1)  # beta(s', w), [H, N]
+            q, v = self.values(state, traj["pi"])
+        # A(s, w), [H+1, N, W]; where w never starts, Q(s, w) was not learned, and pi needs no A.
+        advantage = self.gapnorm((q - v[..., None]) * available)
+        entropy = config.option_entropy * pi.entropy()  # [H+1, N]
+
+        # A pick has an entropy that going on with w has not.
+        gain = (advantage[1:] * w).sum(-1) - entropy[1:].detach()  # of w over a pick in s', [H, N]
+        learned = w[..., : self.learned].sum(-1)  # 1 where a learned option acts, else 0
+        beta_loss = (beta * (gain + config.option_cost) * learned * weight[1:]).mean()
+        pi_loss = -(((pi.probs * advantage).sum(-1) + entropy) * weight).mean()
+        metrics["beta_grad_norm"] = self.optimizers["beta"].minimize(beta_loss)
+        metrics["pi_grad_norm"] = self.optimizers["pi"].minimize(pi_loss)
+        metrics["option_length"] = 1 / traj["beta"][1:].mean().clamp(min=1e-6)  # 0 if none ends
+        metrics["pick_ent"] = pi.entropy().mean()
         return metrics
 
 
 class Agent(director.Director):
-    """The flat agent with options."""
+    """The flat agent with options; `hand_written` lists those that a person wrote."""
 
     Config = Config
+    hand_written: tuple[HandWritten, ...] = ()
 
     def build(self, action: tuple):
-        self.sizes["option"] = self.config.options
+        count = self.config.options + len(self.hand_written)
+        if not count:
+            raise director.UserError("--options 0: there are no options by hand either")
+        self.sizes["option"] = count
         keys = ("deter", "stoch", "option")
         feat = sum(self.sizes[key] for key in keys)
-        self.worker = OptionCritic(keys, feat, action, self.discrete, {"extr": 1.0}, self.config)
+        self.worker = OptionCritic(
+            keys, feat, action, self.discrete, {"extr": 1.0}, self.config,
+            hand_written=self.hand_written, decode=self.decode)
+
+    def decode(self, state: Tensor) -> dict[str, Tensor]:
+        """What options by hand read: the observation in a state [N, D + SC]."""
+        obs = self.world_model.decoder(state)
+        norm = self.world_model.encoder.norm
+        if "state" in obs and norm:  # it was decoded in standard deviations from a running mean
+            zero = norm(torch.zeros_like(obs["state"]), update=False)
+            one = norm(torch.ones_like(obs["state"]), update=False)
+            obs["state"] = (obs["state"] - zero) / (one - zero)
+        return obs
 
     @torch.no_grad()
     def choose(self, state: dict[str, Tensor], count: np.ndarray) -> dict[str, Tensor]:
         """The option that led to a state continues, or ends and another one is picked.
 
-        Returns option [N, W], pick [N, W] and beta [N], which is 1 in a first state.
+        Returns option [N, W], pi [N, W] and beta [N], which is 1 in a first state.
         """
         feat = torch.cat([state["deter"], state["stoch"]], -1)
-        pick = self.worker.pick(feat)
-        picked = pick.rsample()
+        available, betas = self.worker.available_and_beta(feat)
+        if not self.config.options and not available.any(-1).all():
+            raise director.UserError("no option by hand can start in a state; let one start in "
+                                     "every state, or add learned options with --options")
+        pi = self.worker.pi(feat, available)
+        picked = pi.rsample()
+        # Because of rounding, sampling can pick what has probability 0.
+        picked = torch.where((picked * available).sum(-1, keepdim=True) > 0, picked, pi.mode)
         first = count == 0
         if first.all():
             beta = torch.ones(len(feat), device=feat.device)
-            return {"option": picked, "beta": beta, "pick": pick.probs}
-        beta = (self.worker.end(feat).sigmoid() * state["option"]).sum(-1)
+            return {"option": picked, "beta": beta, "pi": pi.probs}
+        beta = (betas * state["option"]).sum(-1)
         if first.any():
             beta = beta.masked_fill(torch.as_tensor(first, device=beta.device), 1.0)
         ends = (torch.rand_like(beta) < beta)[:, None]
         option = torch.where(ends, picked, state["option"])
-        return {"option": option, "beta": beta, "pick": pick.probs}
+        return {"option": option, "beta": beta, "pi": pi.probs}
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ sequence (PETS and PlaNet: of the mean sequence) and then searches again. The ma
 values rewards that are averaged over K steps and discounted once per K steps. So one step is
 discounted by the K-th root of the discount, and the value is multiplied by K.
 
-What is left out: PETS's ensemble of models, over whose members it averages the score of a sequence
-(here there is one model, and one sample of each sequence); chance nodes (a child is one sample),
-noise at the root, and learning from the results of the search.
+What is left out: PETS's ensemble of models, which `pets.py` adds (here there is one model, and one
+sample of each sequence); chance nodes (a child is one sample), noise at the root, and learning from
+the results of the search.
 """
 
 import dataclasses
@@ -122,12 +122,16 @@ class Agent(director.Director):
             if self.moves_are_codes:
                 feat = self.worker.feat({**state, "goal": goal})
                 action = self.worker.dist(feat).rsample()
-            deter, stoch = model.rssm.img_step(state["deter"], state["stoch"], action)
+            deter, stoch = self.imagine_step(state["deter"], state["stoch"], action)
             state = {"deter": deter, "stoch": stoch}
             feat = torch.cat([deter, stoch], -1)
             reward = reward + discount * model.reward_head(feat).mean
             discount = discount * gamma * model.cont_head(feat).sigmoid()
         return state, reward, discount
+
+    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The next deter and stoch, [N, ...]."""
+        return self.world_model.rssm.img_step(deter, stoch, action)
 
     def value(self, state: dict) -> Tensor:
         """The task's return from these states on, [N], in rewards of single steps."""

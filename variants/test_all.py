@@ -34,6 +34,7 @@ from variants import (
     higl,
     hindsight,
     options,
+    pets,
     planner,
     prioritized,
     same_episode,
@@ -51,6 +52,9 @@ VARIANTS = [  # agent, flags
     (planner.Agent, {"candidates": 20, "rounds": 2, "planner": "codes"}),
     (planner.Agent, {"planner": "mcts", "simulations": 4, "agent": "dreamer"}),
     (planner.Agent, {"planner": "mcts", "simulations": 4}),
+    (pets.Agent, {"candidates": 20, "rounds": 2, "disagreement_target": "embed"}),
+    (pets.Agent, {"candidates": 20, "rounds": 2, "planner": "codes", "members": 2}),
+    (pets.Agent, {"candidates": 20, "rounds": 2, "agent": "dreamer"}),
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5}),
     (hdreamer.Agent, {"bottom_stoch": 3, "bottom_classes": 5, "free_nats": 0.1}),
     (gaussian.Agent, {}),
@@ -128,8 +132,9 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     assert director.main(flags, planner.Agent) == 0
     assert director.main(flags[2:], director.Director) == 0
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert director.main(flags[2:], feudal.Agent) == 2
-    assert "holds a run of director" in capsys.readouterr().err
+    for agent in (feudal.Agent, pets.Agent):
+        assert director.main(flags[2:], agent) == 2
+        assert "holds a run of director" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("agent", "flags", "words"), [
@@ -158,7 +163,9 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (hindsight.Agent, ["--worker_extr=0.5"], "--worker_extr has no effect here: the worker"),
     (planner.Agent, ["--planner=codes", "--agent=dreamer"], "a flat agent has none"),
     (planner.Agent, ["--candidates=9"], "must be from 20"),
-    (options.Agent, ["--options=0"], "--options 0: must be from 1"),
+    (pets.Agent, ["--planner=mcts"], "invalid choice: 'mcts'"),
+    (pets.Agent, ["--tried=4"], "--tried has no effect here: there is no tree search"),
+    (options.Agent, ["--options=-1"], "--options -1: must be from 0"),
     (options.Agent, ["--option_cost=-1"], "must be from 0"),
     (options.Agent, ["--worker_extr=0.5"], "--worker_extr has no effect here: there are no goals"),
     (options.Agent, ["--skill_groups=4"], "--skill_groups has no effect here: there are no goals"),
