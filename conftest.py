@@ -51,6 +51,11 @@ def close(actual, expected, rtol=1e-5, atol=1e-7):
     np.testing.assert_allclose(actual, expected, rtol, atol)
 
 
+def prediction(mean):
+    """What a head of rewards or values returns that predicts this mean."""
+    return director.Symlog(director.symlog(mean))
+
+
 @pytest.fixture
 def modes(monkeypatch):
     """Replace every sample by the mode of its distribution."""

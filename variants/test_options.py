@@ -16,6 +16,7 @@ from conftest import (
     check_optimizer_ownership,
     close,
     make_variant,
+    prediction,
     random_batch,
     read_metrics,
     starts_at,
@@ -75,8 +76,8 @@ def two_states(table, **flags):
     """An agent whose slow critic has these Q, and whose advantages are taken as they are."""
     agent = make_variant(options.Agent, options=2, discount=DISCOUNT, **flags)
     worker = agent.worker
-    worker.slow["extr"].forward = lambda feat: director.Symlog(director.symlog(
-        torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table))))
+    worker.slow["extr"].forward = lambda feat: prediction(
+        torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table)))
     worker.gapnorm.forward = lambda x, update=True: x
     logits = tensor(np.log(PICK))
     worker.pi_net.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], logits)
@@ -170,8 +171,8 @@ def test_rewards_of_any_size_teach_the_same_ends_and_picks():
         agent = make_variant(options.Agent, options=2, option_entropy=0.1, option_cost=0.2)
         traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))
         old = agent.worker.slow["extr"].forward
-        agent.worker.slow["extr"].forward = lambda feat, size=size, old=old: director.Symlog(
-            director.symlog(size * old(feat).pred))
+        agent.worker.slow["extr"].forward = lambda feat, size=size, old=old: prediction(
+            size * old(feat).pred)
         traj["reward_extr"] = size * traj["reward_extr"]
         for name in ("beta", "pi"):
             agent.worker.optimizers[name].minimize = (

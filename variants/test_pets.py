@@ -10,6 +10,7 @@ from conftest import (
     RUN,
     close,
     make_variant,
+    prediction,
     tensor,
 )
 from variants import (
@@ -38,10 +39,10 @@ def test_a_score_is_the_mean_return_of_the_members_minus_the_cost_of_their_devia
     model = agent.world_model
     # Rewards 3 and 5 in the first group's classes 0 and 1, and the number of the action besides.
     model.rssm.recur = lambda deter, stoch, action: F.pad(action[:, :1], (0, 15))
-    model.reward_head.forward = lambda feat: director.symlog(
+    model.reward_head.forward = lambda feat: prediction(
         3 * feat[:, 16] + 5 * feat[:, 17] + feat[:, 0])
     model.cont_head.forward = lambda feat: torch.full((len(feat),), 50.0)
-    agent.worker.critics["extr"].forward = lambda feat: director.symlog(8 * feat[:, 17])
+    agent.worker.critics["extr"].forward = lambda feat: prediction(8 * feat[:, 17])
     state = {"deter": torch.zeros(3, 16), "stoch": torch.zeros(3, 16)}
     moves = torch.arange(24.0).view(2, 3, 4, 1).expand(2, 3, 4, 5)  # [L, E, C, A]
     score = agent.score(state, moves)
@@ -114,9 +115,9 @@ def test_a_cost_leads_away_from_what_the_members_disagree_on(modes):
                 return torch.stack([mean, mean], 1)
 
             member.forward = forward
-        agent.world_model.reward_head.forward = lambda feat: director.symlog(
+        agent.world_model.reward_head.forward = lambda feat: prediction(
             4 * feat[:, 16] + 15 * feat[:, 18])
-        agent.worker.critics["extr"].forward = lambda feat: torch.zeros(len(feat))
+        agent.worker.critics["extr"].forward = lambda feat: prediction(torch.zeros(len(feat)))
         agent.world_model.cont_head.forward = lambda feat: torch.zeros(len(feat))
         candidates = torch.eye(5)[[0, 1]].view(1, 1, 2, 5)
         state = {"deter": torch.zeros(1, 16), "stoch": torch.zeros(1, 16)}

@@ -11,6 +11,7 @@ import director
 from conftest import (
     close,
     make_variant,
+    prediction,
     starts_at,
     tensor,
 )
@@ -18,11 +19,6 @@ from variants import (
     planner,
     search,
 )
-
-
-def prediction(mean):
-    """What a head returns that predicts this mean."""
-    return director.Symlog(director.symlog(mean))
 
 
 def test_tree_search_tries_first_what_the_prior_prefers():
