@@ -205,8 +205,10 @@ AGENTS = {  # name: agent, flags
     "dreamer_v3": (dreamer_v3.Agent, techniques(*TECHNIQUES)),
     "dreamer_v3, flat": (dreamer_v3.Agent, [*techniques(*TECHNIQUES), *FLAT]),
     **{f"dreamer_v3, {name}": (dreamer_v3.Agent, techniques(name)) for name in TECHNIQUES},
-    "dreamer_v3, learning rate": (dreamer_v3.Agent, [
+    "dreamer_v3, laprop, same rate": (dreamer_v3.Agent, [
         *techniques("laprop"), "--learning_rate=2e-3"]),
+    "dreamer_v3, same rate": (dreamer_v3.Agent, [
+        *techniques(*TECHNIQUES), "--learning_rate=2e-3"]),
     "options": (options.Agent, []),
     "options, plain": (options.Agent, ["--option_entropy=0", "--option_cost=0"]),
     "options, no cost": (options.Agent, ["--option_cost=0"]),
