@@ -270,6 +270,7 @@ LOGGED = (  # metrics of a run that go into its row, the first and the last of t
     "goal_reward_last", "goal_reward_other", "goal_rank", "skill_right", "goal_rec", "manager_ent",
     "worker_ent", "manager_expl_reward", "worker_expl_reward", "kl", "coarse_kl", "fine_kl",
     "coarse_kl_free", "fine_kl_free", "state_loss", "reward_loss", "worker_option_length",
+    "manager_extr_return_range", "manager_expl_return_range", "worker_goal_return_range",
     "worker_pick_ent", "reach_last", "reach_other", "top_ent", "top_extr_reward")
 
 
