@@ -217,7 +217,7 @@ AGENTS = {  # name: agent, flags
     "options, shuffled": (ShuffledOptions, []),
     "options, by hand": (OptionsByHand, ["--options=0"]),
     "options, by hand, plain": (
-        OptionsByHand, ["--options=0", "--option_entropy=0", "--option_cost=0"]),
+        OptionsByHand, ["--options=0", "--option_entropy=0"]),
     "options, by hand and learned": (OptionsByHand, []),
     "options, by hand and learned, plain": (
         OptionsByHand, ["--option_entropy=0", "--option_cost=0"]),

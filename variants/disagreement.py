@@ -55,8 +55,10 @@ class Ensemble(nn.Module):
         means = []
         for member in self.members:  # without standard deviations, which halves the work
             size = len(member.out.weight) // 2
-            mean = F.linear(member.hidden(x), member.out.weight[:size], member.out.bias[:size])
-            means.append(mean.float())
+            hidden = member.hidden(x).float()
+            with torch.autocast(x.device.type, enabled=False):  # as in director.MLP
+                mean = F.linear(hidden, member.out.weight[:size], member.out.bias[:size])
+            means.append(mean)
         center = sum(means) / len(means)  # Tensor.var(0) takes five times as long on a CPU
         return sum((mean - center).square().mean(-1) for mean in means) / (len(means) - 1)
 

@@ -17,7 +17,8 @@ What changes: there are no goals, no manager and no actor; `--horizon`, `--goal_
     Q(s, a) <- r + discount * cont * max over a' of Q'(s', a'),
 
 once from the transitions of the replay batch, and then `--planning` times from one imagined step
-out of each replayed state. Q' is a copy of Q that is renewed every `--slow_every` of these updates.
+out of each replayed state. Q' is a copy of Q that is renewed every `--slow_every` of these updates,
+of which a gradient step makes 1 + `--planning`.
 Values are learned in symlog space, as Director's are. cont is 0 at terminal states, not at time
 limits. The agent acts epsilon-greedily.
 
@@ -27,14 +28,16 @@ the transition, and h - 1 imagined steps follow, with the greedy actions of Q':
     Q(s, a) <- r_1 + d_1 (r_2 + d_2 (... (r_h + d_h max over a' of Q'(s_h, a')))),
     d_i = discount * cont_i
 
-Rewards and continuations of the imagined steps are those that the world model predicts. This holds
-for all updates: for replayed transitions, whose first reward and state are real, and for imagined
-ones, whose first action is random. h = 1 is plain Dyna-Q.
+Rewards and continuations of the imagined steps are those that the world model predicts. Both kinds
+of updates use this target; the first transition is a replayed one, or an imagined one with a random
+action. h = 1 is plain Dyna-Q.
 
-What is left out: Dyna-Q+, which adds a reward for actions that were not tried for long; a second
-network against the bias of the maximum. Imagined actions are uniformly random; Sutton's model is a
-table, so he repeats actions that were tried. Feinberg et al. also learn the values of the states
-within the expansion (their "TD-k trick"); here only the first state of each transition learns.
+What is left out: Dyna-Q+, which adds a reward for actions that were not tried for long; double
+Q-learning against the bias of the maximum (here Q' both chooses and values a'). Sutton learns from
+each real step once, when it happens; here real steps are replayed. His model is a table, so he
+repeats actions that were tried; here imagined actions are uniformly random. Feinberg et al. also
+learn the values of the states within the expansion (their "TD-k trick"); here only the state before
+the first step learns.
 """
 
 import copy

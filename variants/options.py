@@ -10,28 +10,39 @@ policy over options, pi(w | s), then picks the next one. Everything learns from 
 there are no goals.
 
 What changes: the worker's actor and critic read an option (one-hot). In each state that is reached,
-the option that led there ends with probability beta; then pi picks an option, which may be the same
-one. The quantities of the paper, all computed from the critic:
+the option that led there ends with probability beta. If it ends, pi picks an option, perhaps the
+same; otherwise it goes on. Imagined trajectories and episodes begin with a pick. The quantities of
+the paper, all computed from the critic:
 
     Q(s, w)                                                     value of option w in state s
     V(s)     = sum_w pi(w | s) Q(s, w)                          value of a pick
     A(s, w)  = Q(s, w) - V(s)                                   advantage of w over a pick
     U(s', w) = (1 - beta(s', w)) Q(s', w) + beta(s', w) V(s')   value of arriving with w (eq. 3)
 
-- Q learns lambda returns that bootstrap from U.
-- beta minimizes beta(s', w) (A(s', w) + `--option_cost`), without a gradient through the bracket,
-  weighted by the discounted probability of getting there (theorem 2; xi is the cost).
-- pi maximizes V plus `--option_entropy` times its entropy, in all states. V then includes future
-  entropies, and each pick adds one, which is a reason to end. With the optimal pi, option w ends
-  where pi(w | s) < exp(-cost / entropy weight).
-- Cost and entropy weight are in units of the standard deviation of A, because rewards may have any
-  scale.
+With H(s) the entropy of pi(. | s), e = `--option_entropy` and c = `--option_cost` (the paper has
+e = 0, and calls the cost xi):
+
+- Q learns lambda returns that bootstrap from U(s', w) + beta(s', w) e H(s'): each pick adds the
+  weighted entropy to the return, so Q includes the entropies of later picks.
+- The actor learns from the lambda return minus Q(s, w), as Director's does. There is no separate
+  Q_U(s, w, a) as in theorem 1.
+- beta minimizes beta(s', w) (A(s', w) - e H(s') + c), without a gradient through the bracket,
+  weighted by the discounted probability of getting there (theorem 2): to end brings V and the
+  entropy of a pick, to go on brings Q. With the optimal pi, option w ends where
+  pi(w | s) < exp(-c / e).
+- pi maximizes V(s) + e H(s), in all states.
+- e and c are in units of the standard deviation of A over states and options (0 for an option that
+  cannot start), because rewards may have any scale.
 
 Options by hand: `HandWritten` has an initiation set, a policy and a probability to end that a
 person wrote. Only Q and pi learn for them, by the formulas above: beta and actions are given, and
 neither has a gradient. pi is 0 for an option whose initiation set does not hold the state; learned
-options start in every state. An option that has started may leave its set. To use them, alone
-(`--options 0`) or beside learned ones, write a file with a subclass, here for `envs/grid.py`:
+options start in every state. An option that has started may leave its set. They stand beside
+learned ones, or alone (`--options 0`) if in each state at least one can start. To use them, write a
+file with a subclass, here for `envs/grid.py`:
+
+    import sys, torch
+    from variants import options
 
     def column(obs):  # of the player, [N]
         return obs["state"][:, :6].argmax(-1)
@@ -43,23 +54,23 @@ options start in every state. An option that has started may leave its set. To u
     class Agent(options.Agent):
         hand_written = (right,)
 
-    sys.exit(director.main(agent=Agent))
+    sys.exit(options.director.main(agent=Agent))
 
-The entropy weight keeps learned options in use, which are alike. Options by hand differ, and a pick
-at random costs more: without learned ones, set `--option_entropy 0 --option_cost 0` (the paper's).
+Learned options differ little, so random picks cost little, and the entropy keeps all in use.
+Options by hand differ, so random picks cost return: set `--option_entropy 0` if all are by hand
+(their ends have no cost).
 
-The functions read the observation that the decoder reconstructs from the latent state, in the
-environment, too. Imagined states have no other observation. If the functions read the real one in
-the environment, an option would do there what it does not do where its value was learned. The price
-is that options by hand make mistakes until the decoder is good, and see nothing that it leaves out.
+The functions always read the observation that the decoder reconstructs from the latent state, in
+imagination and in the environment, so that an option acts in the same way in both. The price is
+that options by hand make mistakes until the decoder is good, and see nothing that it leaves out.
 
 What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
 is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
 Harb et al., 2018). Soft versions of option-critic also add the entropy of actions to Q; here it is
 Director's bonus in the actor's loss, and no value includes it. Gradients of continuous actions do
-not flow through ends and picks. Options by hand are Markov: they do not know how long they have
-lasted, so they have no time limits. There are no goals, but `--horizon` still has to be a multiple
-of `--goal_duration`.
+not flow through ends and picks. Picks and ends are sampled with `--eval`, too. Options by hand are
+Markov: they do not know how long they have lasted, so they have no time limits. There are no goals,
+but `--horizon` still has to be a multiple of `--goal_duration`.
 """
 
 import dataclasses
@@ -82,12 +93,15 @@ class Config(director.Config):
     options: int = director.flag(4, "number of learned options", low=0, group="options",
                                  fixed=True)
     option_entropy: float = director.flag(1.0, "weight of the entropy of picks", low=0)
-    option_cost: float = director.flag(1.4, "cost of ending an option", low=0)
+    option_cost: float = director.flag(
+        1.4, "cost of ending; with less than about log(options) all end at once", low=0)
 
     def __post_init__(self):
         super().__post_init__()
         unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes")
         refuse(self, unread, "there are no goals")
+        if not self.options:
+            refuse(self, ("option_cost",), "options by hand end as they say")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +120,9 @@ class HandWritten:
 class PartlyByHand:
     """A distribution of actions, which are given where `by_hand` [...] is true.
 
-    An actor learns nothing from such steps: their log-probability is 0, and their entropy the one
-    that `AutoAdapt` aims at, so that they do not change its scale.
+    An actor gets no gradient from such steps: their log-probability is 0. Their entropy is the mean
+    of the other steps, so that `AutoAdapt` sees the entropy of learned actions alone, or the target
+    of `AutoAdapt` if there are no others. (Statistics of returns and scores include such steps.)
     """
 
     def __init__(self, dist, by_hand: Tensor, given: Callable, target: float):
@@ -131,7 +146,12 @@ class PartlyByHand:
         return self.replace(self.dist.log_prob(action), 0.0)
 
     def entropy(self) -> Tensor:
-        return self.replace(self.dist.entropy(), self.target)
+        entropy = self.dist.entropy()  # [...] or [..., A]
+        learned = self.replace(torch.ones_like(entropy), 0.0)
+        dims = tuple(range(self.by_hand.ndim))
+        count = learned.sum(dims)
+        mean = (entropy * learned).sum(dims) / count.clamp(min=1)
+        return self.replace(entropy, torch.where(count > 0, mean, self.target).detach())
 
 
 class OptionCritic(director.ActorCritic):
@@ -214,8 +234,8 @@ class OptionCritic(director.ActorCritic):
         q_next = (q[1:] * w).sum(-1)  # Q(s', w), [H, N]
         u = (1 - beta) * q_next + beta * v[1:]  # U(s', w), eq. 3
         # The entropy of a pick is a reward, so that sampled parts of a return include it, too.
-        # Its unit is that of earlier gradient steps, so that all calls in one step agree; before
-        # the first step there is none, and the weight is 0.
+        # The unit, the standard deviation of A, is updated in `learn`, after all calls of this
+        # method. Before the first gradient step there is none, and the weight is 0.
         weight = config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
         discount = config.discount * traj["cont"][1:]
         entropy = torch.special.entr(pi[1:]).sum(-1)
@@ -235,24 +255,24 @@ class OptionCritic(director.ActorCritic):
             pi = self.pi(state, available)
             beta = (self.beta_net(state[1:]).sigmoid() * w).sum(-1)  # beta(s', w), [H, N]
             q, v = self.values(state, traj["pi"])
-        # A(s, w), [H+1, N, W]; where w never starts, Q(s, w) was not learned, and pi needs no A.
+        # A(s, w), [H+1, N, W]; 0 where w cannot start: Q(s, w) may be untrained there.
         advantage = self.gapnorm((q - v[..., None]) * available)
         entropy = config.option_entropy * pi.entropy()  # [H+1, N]
 
-        # A pick has an entropy that going on with w has not.
+        # To end brings V plus the entropy of a pick, to go on brings Q.
         gain = (advantage[1:] * w).sum(-1) - entropy[1:].detach()  # of w over a pick in s', [H, N]
         learned = w[..., : self.learned].sum(-1)  # 1 where a learned option acts, else 0
         beta_loss = (beta * (gain + config.option_cost) * learned * weight[1:]).mean()
         pi_loss = -(((pi.probs * advantage).sum(-1) + entropy) * weight).mean()
         metrics["beta_grad_norm"] = self.optimizers["beta"].minimize(beta_loss)
         metrics["pi_grad_norm"] = self.optimizers["pi"].minimize(pi_loss)
-        metrics["option_length"] = 1 / traj["beta"][1:].mean().clamp(min=1e-6)  # 0 if none ends
+        metrics["option_length"] = 1 / traj["beta"][1:].mean().clamp(min=1e-6)  # at most 1e6
         metrics["pick_ent"] = pi.entropy().mean()
         return metrics
 
 
 class Agent(director.Director):
-    """The flat agent with options; `hand_written` lists those that a person wrote."""
+    """An agent with options and without goals; `hand_written`: options that a person wrote."""
 
     Config = Config
     hand_written: tuple[HandWritten, ...] = ()

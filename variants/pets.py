@@ -7,14 +7,13 @@ Chua, Calandra, McAllister, Levine, 2018).
     python -m variants.pets --logdir RUN --eval 10 [--disagreement_cost 1]
 
 Idea: a planner that searches in one learned model finds the errors of that model, and prefers
-sequences whose predicted return is wrong. Several models rarely make the same error. So a sequence
-is imagined once with each of them, and its score is the mean of the returns.
+sequences whose return the model overestimates. Several models rarely make the same error. So a
+sequence is imagined once with each of them, and its score is the mean of the returns.
 
 What changes: the planner is that of `planner.py`, the ensemble and its training are those of
 `disagreement.py`, whose checkpoints can be loaded. Each member imagines a trajectory of its own and
-stays with it until the end (the paper's TS-infinity, with one particle per member). A member takes
-the place of that part of the recurrent model which it has learned to predict
-(`--disagreement_target`):
+stays with it until the end (the paper's TS-infinity, with one particle per member). A member
+replaces one part of the imagined step; `--disagreement_target` says which:
 - `stoch`: deter' = recur(deter, stoch, action); stoch' is sampled, in each group in proportion to
   the member's mean, which estimates the probabilities of classes.
 - `embed`: deter' as above; stoch' is a sample of the posterior for the member's embedding.
@@ -25,13 +24,14 @@ Rewards, continuation and the value at the end are those of each member's trajec
 
 The cost, which PETS does not have, makes the planner avoid what the members disagree on (0 by
 default). It is a standard deviation, not a variance, so that the weight means the same for rewards
-of any size. It includes the noise of the samples, since each member has one.
+of any size. Since each member has one sample, it also contains the randomness of the samples.
 
 What is left out: several particles per member, and the variants that change members within a
 trajectory (TS1); members learn from the same batches, not from bootstrapped data sets, so they
-differ by their initial weights alone; a member's standard deviation is not used, since stoch is
-sampled; there is one recurrent model, one reward and continuation head and one critic for all
-members; the search does not start from the last step's solution. MuZero's search is refused.
+differ by their initial weights alone; a member's standard deviation is not used (with `embed`, the
+noise of the next observation is missing therefore); there is one recurrent model and one reward and
+continuation head for all members; the search does not start from the last step's solution. PETS
+knows the rewards and has no value at the end, here the critic's. Tree search is refused.
 """
 
 import dataclasses
@@ -65,7 +65,8 @@ class Agent(planner.Agent, disagreement.Agent):
     def score(self, state: dict[str, Tensor], sequences: Tensor) -> Tensor:
         """Mean score over members, minus the cost: [E, ...], [L, E, C, ...] -> [E, C]."""
         members = self.config.members
-        state = {key: torch.cat([state[key]] * members) for key in ("deter", "stoch")}  # [M E, ...]
+        # [M E, ...]: first all states for the first member, then all for the second.
+        state = {key: torch.cat([state[key]] * members) for key in ("deter", "stoch")}
         returns = super().score(state, torch.cat([sequences] * members, 1))  # [M E, C]
         returns = returns.unflatten(0, (members, -1))
         return returns.mean(0) - self.config.disagreement_cost * returns.std(0)

@@ -452,7 +452,8 @@ def test_steps_by_hand_do_not_teach_the_actor_or_its_entropy():
         traj = agent.imagine(in_columns(agent, [1, 2, 3, 4]))
         traj["option"][:] = torch.eye(3)[[0, 0, 1, 2]]
         dist = worker.dist(worker.feat(traj))
-        close(director.normalized_entropy(dist)[:, 2:], torch.full((17, 2), 0.5))
+        entropy = director.normalized_entropy(dist)  # by hand: the mean of the others
+        close(entropy[:, 2:], entropy[:, :2].mean().expand(17, 2))
         assert (dist.log_prob(traj["action"])[:, 2:] == 0).all()
         worker.optimizers["actor"].minimize = lambda loss, losses=losses: (
             losses.append(loss) or torch.zeros(()))
@@ -464,6 +465,8 @@ def test_steps_by_hand_do_not_teach_the_actor_or_its_entropy():
         assert float(worker.ent_adapt.scale) == pytest.approx(1 / 1.1)  # learned ones: above 0.5
     close(found[0], found[1])
     assert found[0].norm() > 0
+    traj["option"][:] = torch.eye(3)[1]  # by hand alone: what the adaptive scale aims at
+    close(director.normalized_entropy(worker.dist(worker.feat(traj))), torch.full((17, 4), 0.5))
 
 
 def test_a_given_action_of_continuous_ones_has_no_gradient():
