@@ -54,7 +54,8 @@ file with a subclass, here for `envs/grid.py`:
     class Agent(options.Agent):
         hand_written = (right,)
 
-    sys.exit(options.director.main(agent=Agent))
+    if __name__ == "__main__":
+        sys.exit(options.director.main(agent=Agent))
 
 Learned options differ little, so random picks cost little, and the entropy keeps all in use.
 Options by hand differ, so random picks cost return: set `--option_entropy 0` if all are by hand
@@ -80,6 +81,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium import spaces
 from torch import Tensor
 
 import director
@@ -271,17 +273,29 @@ class OptionCritic(director.ActorCritic):
         return metrics
 
 
+def check_options(config: Config, hand_written: tuple):
+    if not config.options and not hand_written:
+        raise director.UserError("--options 0: there are no options by hand either")
+
+
+class Run(director.Run):
+    """Refuses an agent without options before it makes a folder."""
+
+    def __init__(self, config: Config, agent: type, obs_space: spaces.Dict,
+                 act_space: spaces.Space):
+        check_options(config, agent.hand_written)
+        super().__init__(config, agent, obs_space, act_space)
+
+
 class Agent(director.Director):
     """An agent with options and without goals; `hand_written`: options that a person wrote."""
 
-    Config = Config
+    Config, Run = Config, Run
     hand_written: tuple[HandWritten, ...] = ()
 
     def build(self, action: tuple):
-        count = self.config.options + len(self.hand_written)
-        if not count:
-            raise director.UserError("--options 0: there are no options by hand either")
-        self.sizes["option"] = count
+        check_options(self.config, self.hand_written)
+        self.sizes["option"] = self.config.options + len(self.hand_written)
         keys = ("deter", "stoch", "option")
         feat = sum(self.sizes[key] for key in keys)
         self.worker = OptionCritic(

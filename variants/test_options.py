@@ -489,6 +489,7 @@ def test_without_an_option_that_can_start_there_is_one_clear_error(capsys, tmp_p
         assert director.main([*flags, f"--logdir={tmp_path}/{words[:3]}"], agent) == 2
         error = capsys.readouterr().err
         assert error.splitlines()[-1].startswith(f"director.py: {words}")
+    assert not (tmp_path / "--o").exists()  # refused before there is a folder
     agent = make_variant(Nowhere, DISCRETE, GRID, options=1)  # a learned one starts everywhere
     chosen = agent.choose(in_columns(agent, [0, 5]), np.zeros(2))
     close(chosen["pi"], [[1, 0], [1, 0]])
