@@ -759,7 +759,8 @@ def time_train_steps(rounds: int = 15, size: str = "xs"):
     """Print milliseconds of train steps on images, which all agents make in turn."""
     rng = np.random.default_rng(0)
     names = ["director", "feudal", "higl", "diayn", "disagreement", "hindsight", "options", "hac",
-             "prioritized", "hdreamer", "gaussian", "flat", "disagreement, flat", "dyna_q"]
+             "prioritized", "hdreamer", "gaussian", "flat", "disagreement, flat", "dyna_q",
+             "dreamer_v3", *(f"dreamer_v3, {name}" for name in TECHNIQUES)]
     for act_space in (spaces.Discrete(5), spaces.Box(-1, 1, (6,), np.float32)):
         discrete = isinstance(act_space, spaces.Discrete)
         actions = 5 if discrete else 6

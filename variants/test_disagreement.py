@@ -5,6 +5,7 @@ import math
 
 import torch
 
+import director
 from conftest import (
     CONTINUOUS,
     close,
@@ -30,6 +31,16 @@ def test_disagreement_is_the_variance_of_means_and_grows_where_nothing_was_seen(
         agent.optimizers["ensemble"].minimize(loss)
     seen, unseen = (ensemble.disagreement(x).mean() for x in sides)
     assert unseen > 2 * seen
+
+
+def test_disagreement_in_bfloat16_is_that_of_the_float32_means_that_are_learned():
+    agent = make_variant(disagreement.Agent, precision="bfloat16")
+    ensemble, x = agent.ensemble, torch.randn(7, 37)
+    with torch.no_grad(), director.autocast(agent.config):
+        means, _ = ensemble(x)
+        found = ensemble.disagreement(x)
+    assert means.dtype == found.dtype == torch.float32
+    close(found, means.var(0).mean(-1), rtol=1e-4)
 
 
 def test_the_ensemble_learns_the_next_state_from_state_and_action_by_likelihood():
