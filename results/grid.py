@@ -85,6 +85,17 @@ def frozen(part: str, agent: type = Director) -> type:
     return Frozen
 
 
+class AnyPoint(higl.Codes):
+    """Goals of higl that are not clipped to where codes can be."""
+
+    def decode(self, skill):
+        return skill
+
+
+class NotClipped(higl.Agent):
+    Goals = AnyPoint
+
+
 class Uncorrected(hdreamer.Agent):
     """hdreamer, whose fine level learns nothing from observations: its posterior is its prior."""
 
@@ -190,6 +201,7 @@ AGENTS = {  # name: agent, flags
     "feudal, dot": (feudal.Agent, ["--feudal_reward=dot"]),
     "higl": (higl.Agent, []),
     "higl, worker without reward": (without_reward(higl.Agent), []),
+    "higl, not clipped": (NotClipped, []),
     "higl, contrastive": (higl.Agent, ["--higl_loss=contrastive"]),
     "diayn": (diayn.Agent, []),
     "diayn, worker without reward": (without_reward(diayn.Agent), []),
