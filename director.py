@@ -14,8 +14,9 @@ From the paper to this file, in its order (`# ---- ` begins a part):
     Networks                  Encoder, Decoder, RSSM (Section 2.1, eq. 1)
     Hierarchical returns      max_cosine (eq. 8), lambda_return, split_ and abstract_trajectory
     Models and players        WorldModel (eq. 2), GoalAutoencoder (2.2, eq. 3, 4, 6), ActorCritic
-    The agent                 Director: sample_skill (2.3, eq. 5), act (2.4, eq. 7), imagine,
-                              reward_expl (eq. 6), reward_goal (eq. 8), train_step
+    The agent                 Director: choose (2.3, a goal every K steps), sample_skill (eq. 5),
+                              act (2.4, eq. 7), imagine, reward_expl (eq. 6), reward_goal (eq. 8),
+                              train_step
     Replay                    Replay, of what envs/ makes of environments (make_env, Driver)
     A run                     load, Run, train, evaluate, main
 
@@ -56,9 +57,9 @@ import torch
 import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from envs import UserError, pictures, require, write_file  # envs/ has to be beside this file
+from envs import CANNOT_WRITE, UserError, pictures, write_file  # envs/ has to be beside this file
+from envs.log import Logger
 from envs.make import choose_quality, make_env, refuse_other_spaces, vector_envs  # noqa: F401
 from envs.vector import SIGNALS, Driver
 from envs.wrappers import IMAGE
@@ -97,7 +98,7 @@ class Config:
 
     task: str = flag("dmc_walker_walk", "dmc_<domain>_<task>, pinpad_<three..eight>, gym_<id> or "
                      "gym_<module>:<id>", group="run", fixed=True)
-    obs: str = flag("auto", "auto: pixels of dmc_ and pinpad_, all that gym_ tasks observe",
+    obs: str = flag("auto", "auto: pixels for dmc_ and pinpad_, everything for gym_",
                     ("auto", "pixels", "state", "both"), fixed=True)
     agent: str = flag("director", "dreamer: the flat baseline", ("director", "dreamer"), fixed=True)
     size: str = flag("auto", "values of SIZES; auto: paper on a GPU, else xs",
@@ -112,8 +113,8 @@ class Config:
     log_every: int = flag(1000, "environment steps between two lines of metrics")
     save_every: int = flag(10_000, "environment steps between two checkpoints")
     video_every: int = flag(20_000, "environment steps between two sets of pictures")
-    track: bool = flag(False, "log to Weights & Biases, too")
-    wandb_project: str = flag("director", "project there")
+    track: bool = flag(False, "also log to Weights & Biases")
+    wandb_project: str = flag("director", "project of Weights & Biases")
     skip_missing: bool = flag(False, "resume without replay files that are missing")
     envs: int = flag(4, "environments that run side by side", group="data")
     processes: str = flag("auto", "a process for each environment; auto: for dmc_ and "
@@ -134,16 +135,18 @@ class Config:
     units: int = flag(None, "units in the hidden layers of the MLPs", fixed=True)
     layers: int = flag(None, "hidden layers of the MLPs", fixed=True)
     cnn_depth: int = flag(None, "channels of the first convolution", fixed=True)
-    standardize: str = flag(None, "scale state vectors by running means", ("yes", "no"), fixed=True)
+    standardize: str = flag(None, "shift and scale state vectors to mean 0 and deviation 1",
+                            ("yes", "no"), fixed=True)
     skill_groups: int = flag(8, "groups of the manager's code", fixed=True)
     skill_classes: int = flag(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = flag(None, "learning rate of all optimizers", low=0, group="learning")
     kl_target: float = flag(None, "target of the world model's KL, in nats per step", low=0)
-    discount: float = flag(0.99, "per worker step and per manager decision", low=0.01, high=1)
+    discount: float = flag(0.99, "once per worker step, and once per manager decision", low=0.01,
+                           high=1)
     lam: float = flag(0.95, "lambda of the returns", low=0, high=1)
     horizon: int = flag(16, "imagined steps, a multiple of --goal_duration")
     goal_duration: int = flag(8, "steps that a goal lasts")
-    worker_extr: float = flag(0.0, "task reward for the worker; 0.5 in the paper's second variant",
+    worker_extr: float = flag(0.0, "weight of the task reward for the worker; paper: 0 or 0.5",
                               low=0, fixed=True)
     manager_expl: float = flag(0.1, "weight of the manager's exploration reward", low=0)
     slow_every: int = flag(None, "gradient steps between two copies to the slow critics")
@@ -156,7 +159,7 @@ class Config:
             self.device = "cuda" if cuda else "cpu"
         if self.size == "auto":
             self.size = "paper" if self.device == "cuda" else "xs"
-        for name, value in self.sizes[self.size].items():
+        for name, value in self.sizes.get(self.size, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.precision == "auto":
@@ -168,6 +171,9 @@ class Config:
             self.precision = "bfloat16" if native else "float32"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"--{field.name} {value}: choose from {', '.join(choices)}")
             low, high = field.metadata["low"], field.metadata["high"]
             if field.type in (int, float) and not low <= value <= high:
                 raise UserError(f"--{field.name} {value}: must be from {low} to {high:g}")
@@ -201,8 +207,9 @@ def parse_args(argv: list[str] | None, config: type) -> dict:
         if field.type is bool:
             settings |= {"action": "store_true"}
         else:
+            choices = meta["choices"]
             settings |= {"type": integer if field.type is int else field.type,
-                         "choices": meta["choices"], "metavar": None if meta["choices"] else ""}
+                         "metavar": f"{{{','.join(choices)}}}" if choices else ""}
         group.add_argument(f"--{field.name}", **settings)
     return vars(parser.parse_args(argv))
 
@@ -302,8 +309,9 @@ def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
 class AutoAdapt(nn.Module):
     """Weights a regularizer so that its mean stays near `target`.
 
-    Each element of `shape` has a scale, which starts at 1. If the mean is more than 10% above
-    (below) the target, the scale is multiplied (divided) by 1.1, then clipped to [low, high].
+    Each element of `shape` has a scale, which starts at 1. If the mean is above 1.1 times
+    (below 1/1.1 of) the target, the scale is multiplied (divided) by 1.1, then clipped to
+    [low, high].
     `inverse`, for an entropy: the scale grows below the target, and the loss is negated.
     """
 
@@ -337,7 +345,7 @@ class Normalizer(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor, update: bool = True) -> Tensor:
-        """Normalize x [..., *shape]; with `update`, the statistics include it already."""
+        """Normalize x [..., *shape]; with `update`, x is added to the statistics before that."""
         if update:
             samples = x.detach().double().reshape(-1, *self.moments.shape[1:])
             moments = [torch.stack([samples.mean(0), (samples**2).mean(0)])]
@@ -392,7 +400,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.hidden(x).float()
-        with torch.autocast(x.device.type, enabled=False):  # 8 bits are too few for values
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for values
             return self.out(hidden).reshape(*x.shape[:-1], *self.outputs)
 
 
@@ -453,16 +461,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features [..., F] to image [..., 64, 64, 3] in 0..1, and to state [..., n]."""
 
-    def __init__(self, feat: int, space: spaces.Dict, config: Config):
+    def __init__(self, feat_size: int, space: spaces.Dict, config: Config):
         super().__init__()
         self.keys = list(space)
         if "image" in self.keys:  # height and width: 1 -> 5 -> 13 -> 30 -> 64
-            channels = [feat] + [config.cnn_depth * 2**i for i in (2, 1, 0)]
+            channels = [feat_size] + [config.cnn_depth * 2**i for i in (2, 1, 0)]
             layers = convolutions(nn.ConvTranspose2d, channels, [5, 5, 6])
             layers.append(glorot(nn.ConvTranspose2d(channels[-1], 3, 6, 2)))
             self.image = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         if "state" in self.keys:
-            self.state = MLP(feat, space["state"].shape, config)
+            self.state = MLP(feat_size, space["state"].shape, config)
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
         outs = {}
@@ -482,17 +490,17 @@ class Decoder(nn.Module):
 class RSSM(nn.Module):
     """Recurrent state-space model (paper, eq. 1): `deter` [..., D] and `stoch` [..., SC]."""
 
-    def __init__(self, embed: int, action: int, config: Config):
+    def __init__(self, embed_size: int, action_size: int, config: Config):
         super().__init__()
         deter, hidden = config.deter, config.hidden
         self.groups = (config.stoch, config.classes)
         self.size = math.prod(self.groups)  # of stoch
         self.initial_deter = nn.Parameter(torch.zeros(deter))
-        self.inputs = nn.Sequential(*dense(self.size + action, hidden))
+        self.inputs = nn.Sequential(*dense(self.size + action_size, hidden))
         self.gru = nn.Sequential(*dense(deter + hidden, 3 * deter)[:2])  # without activation
         self.prior_net = nn.Sequential(*dense(deter, hidden), glorot(nn.Linear(hidden, self.size)))
         self.post_net = nn.Sequential(
-            *dense(deter + embed, hidden), glorot(nn.Linear(hidden, self.size)))
+            *dense(deter + embed_size, hidden), glorot(nn.Linear(hidden, self.size)))
 
     def prior(self, deter: Tensor, stoch: Tensor | None = None) -> Tensor:
         """Logits [..., S, C] without the observation; a variant's may depend on stoch, too."""
@@ -544,7 +552,7 @@ class RSSM(nn.Module):
 def max_cosine(goal: Tensor, feat: Tensor) -> Tensor:
     """Goal reward, [..., D], [..., D] -> [...] (paper, eq. 8).
 
-    A cosine with the larger of the two norms in place of each: 1 only if the lengths match, too.
+    g . s / max(|g|, |s|)^2 of goal g and state s: a cosine that is 1 only if g and s are equal.
     """
     norm = torch.maximum(goal.norm(dim=-1, keepdim=True), feat.norm(dim=-1, keepdim=True)) + 1e-12
     return ((goal / norm) * (feat / norm)).sum(-1)
@@ -574,7 +582,7 @@ def split_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     [H+1, N, ...], rewards [H, N] -> [k+1, N*H/k, ...], rewards [k, N*H/k]; all first segments come
     before all second ones. With H = 6 and k = 3:
         states   0 1 2 3 4 5 6   ->   0 1 2 3 | 3 4 5 6   neighbors share a state
-        rewards    1 2 3 4 5 6   ->     1 2 3 |   4 5 6   numbered by the state that earns them
+        rewards  0 1 2 3 4 5     ->   0 1 2   | 3 4 5     for the actions in these states
         goals    a a a b b b c   ->   a a a a | b b b b   the last state of a segment is valued
                                                           under the goal that was pursued in it
     """
@@ -593,8 +601,9 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """Reduce a trajectory to the manager's: every k-th state, skills as actions (Section 2.3).
 
     [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. The reward of a block is the
-    mean over its k steps, each weighted by the probability of getting that far in the block. Later
-    entries of cont are the probability to survive the block before.
+    mean over its k steps, each weighted by the product of cont from the first state of the block
+    on. Later entries of cont are the probability to survive the block before; so the cont between
+    two blocks counts twice for the rewards of the second, as in the official program.
     """
     alive = traj["cont"][:-1].unflatten(0, (-1, k)).cumprod(1)  # [H/k, k, N]
     abstract = {"action": traj["skill"][::k]}
@@ -640,14 +649,14 @@ class WorldModel(nn.Module):
 
     RSSM = RSSM
 
-    def __init__(self, obs_space: spaces.Dict, action: int, config: Config):
+    def __init__(self, obs_space: spaces.Dict, action_size: int, config: Config):
         super().__init__()
         self.encoder = Encoder(obs_space, config)
-        self.rssm = self.RSSM(self.encoder.size, action, config)
-        feat = config.deter + self.rssm.size
-        self.decoder = Decoder(feat, obs_space, config)
-        self.reward_head = ScalarHead(feat, (), config)
-        self.cont_head = MLP(feat, (), config)  # logit of not being terminal
+        self.rssm = self.RSSM(self.encoder.size, action_size, config)
+        feat_size = config.deter + self.rssm.size
+        self.decoder = Decoder(feat_size, obs_space, config)
+        self.reward_head = ScalarHead(feat_size, (), config)
+        self.cont_head = MLP(feat_size, (), config)  # logit of not being terminal
         self.kl_adapt = AutoAdapt((), config.kl_target, low=1e-5, high=1.0)
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -725,30 +734,31 @@ class GoalAutoencoder(nn.Module):
 class ActorCritic(nn.Module):
     """An actor, and a critic for each kind of reward, that learn from imagined trajectories.
 
-    keys, feat: the parts of a state that both read, and their total size. action: its shape,
+    keys, feat_size: the parts of a state that both read, and their total size. action_shape:
     (classes,) or (groups, classes) if discrete, else (dimensions,). rewards: their weights. Actors
     of continuous actions learn by back-propagated returns unless `reinforce`; others by REINFORCE.
     """
 
-    def __init__(self, keys: tuple, feat: int, action: tuple, discrete: bool,
+    def __init__(self, keys: tuple, feat_size: int, action_shape: tuple, discrete: bool,
                  rewards: dict[str, float], config: Config, reinforce: bool = False):
         super().__init__()
-        self.keys, self.action, self.rewards, self.config = keys, action, rewards, config
+        self.keys, self.action_shape = keys, action_shape
+        self.rewards, self.config = rewards, config
         self.discrete = discrete
         self.reinforce = discrete or reinforce
-        self.actor = MLP(feat, action if discrete else (2, *action), config)
+        self.actor = MLP(feat_size, action_shape if discrete else (2, *action_shape), config)
         if not discrete:  # means and standard deviations are two layers, initialized separately
             mean, std = self.actor.out.weight.chunk(2)
             nn.init.xavier_uniform_(mean, gain=0.1**0.5)
             nn.init.xavier_uniform_(std)
-        self.critics = nn.ModuleDict({name: ScalarHead(feat, (), config) for name in rewards})
+        self.critics = nn.ModuleDict({name: ScalarHead(feat_size, (), config) for name in rewards})
         self.slow = copy.deepcopy(self.critics).requires_grad_(False)
         self.optimizers = {"actor": Optimizer(self.actor, config)}
         for name, critic in self.critics.items():
             self.optimizers[f"{name}_critic"] = Optimizer(critic, config)
         self.returnnorm = nn.ModuleDict({name: Normalizer("std", 0.999, 1e2) for name in rewards})
         self.advnorm = Normalizer("mean_std", 0.99, 1e8)
-        scales = action[:-1] if discrete else action  # one per code group or action dimension
+        scales = action_shape[:-1] if discrete else action_shape  # one per code group or dimension
         self.ent_adapt = AutoAdapt(scales, 0.5, 1e-5, 1e2, inverse=True)
 
     def feat(self, state: dict[str, Tensor]) -> Tensor:
@@ -808,7 +818,7 @@ class ActorCritic(nn.Module):
         if self.reinforce:
             with autocast(self.config):
                 dist = self.dist(self.feat(traj)[:-1].detach())
-            action = traj["action"][:-1].detach().unflatten(-1, self.action)
+            action = traj["action"][:-1].detach().unflatten(-1, self.action_shape)
             log_prob = dist.log_prob(action).reshape(*score.shape, -1).sum(-1)  # [H, N]
             loss = -log_prob * score.detach()
             entropy = normalized_entropy(dist)
@@ -871,10 +881,10 @@ class Director(nn.Module):
         one_hot = len(self.goals.groups) > 1  # a variant's codes may be plain numbers
         self.manager = self.player(state, self.goals.groups, one_hot, rewards, reinforce=True)
 
-    def player(self, keys: tuple, action: tuple, discrete: bool, rewards: dict, **kwargs):
+    def player(self, keys: tuple, action_shape: tuple, discrete: bool, rewards: dict, **kwargs):
         """An actor-critic that reads these parts of a state."""
-        feat = sum(self.sizes[key] for key in keys)
-        return ActorCritic(keys, feat, action, discrete, rewards, self.config, **kwargs)
+        size = sum(self.sizes[key] for key in keys)
+        return ActorCritic(keys, size, action_shape, discrete, rewards, self.config, **kwargs)
 
     def restore(self, state: dict):
         """Load weights, optimizers and the number of gradient steps from a checkpoint."""
@@ -995,7 +1005,14 @@ class Director(nn.Module):
         return max_cosine(traj["goal"][:-1], traj["deter"][1:])
 
     def train_step(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """One gradient step of everything on replay chunks [B, T, ...]; returns scalar metrics."""
+        """One gradient step of everything on replay chunks [B, T, ...]; returns scalar metrics.
+
+        1. World model: filters the chunks; predicts images, rewards and ends (eq. 2).
+        2. Goal autoencoder: compresses the filtered states (eq. 3, 4).
+        3. `imagine`: H steps from each filtered state, and their rewards (eq. 5 to 8).
+        4. Worker, on segments of K steps with one goal: critics, then actor.
+        5. Manager, on every K-th state: critics, then actor.
+        """
         batch = self.tensors(batch)
         copy_slow = self.grad_steps % self.config.slow_every == 0
         self.grad_steps += 1
@@ -1057,7 +1074,12 @@ class Director(nn.Module):
 
 # ---- Replay ---------------------------------------------------------------------------------
 class Replay:
-    """Episodes in memory as observed, 12 KB a step with pixels; the oldest leave first."""
+    """Episodes in memory as observed, 12 KB a step with pixels; the oldest leave first.
+
+    A step holds image and state, the action that led there (zeros in the first step), its reward,
+    is_first, is_last and is_terminal. The last step of an episode has is_last, and is_terminal
+    unless a time limit has cut the episode.
+    """
 
     def __init__(self, capacity: int, seed: int = 0):
         self.capacity = capacity
@@ -1070,7 +1092,7 @@ class Replay:
         self.left_out = set()  # names of files that could not be used; they stay on disk
 
     def add(self, rows: dict[str, np.ndarray]):
-        """Add one step of each environment, arrays [E, ...] as in `Driver.rows`."""
+        """Add one step of each environment, arrays [E, ...]."""
         for env in range(len(rows["reward"])):
             if env not in self.running:
                 self.running[env] = next(self.names), {key: [] for key in rows}
@@ -1110,7 +1132,9 @@ class Replay:
 
     def save(self, folder: pathlib.Path) -> dict[int, int]:
         """Write the episodes that are new or longer than on disk; returns the lengths of all."""
-        episodes = {**self.episodes, **dict(self.running.values())}
+        episodes = dict(self.episodes)
+        for name, episode in self.running.values():
+            episodes[name] = episode
         lengths = {name: len(episode["reward"]) for name, episode in episodes.items()}
         for name, episode in episodes.items():
             if self.lengths_on_disk.get(name) != lengths[name]:
@@ -1161,14 +1185,20 @@ class Replay:
 # episodes and of temporary files. Such files with another id are never read or changed.
 
 def agent_name(agent: type) -> str:
-    """The name of the class, or of its file if it is called Agent, as in `variants/`."""
-    file = getattr(sys.modules.get(agent.__module__), "__file__", "agent")  # a notebook has none
-    return pathlib.Path(file if agent.__name__ == "Agent" else agent.__name__).stem.lower()
+    """The name of its file, and of its class unless that is Director or Agent."""
+    file = getattr(sys.modules.get(agent.__module__), "__file__", "notebook")
+    name = pathlib.Path(file).stem
+    return name if agent.__name__ in ("Director", "Agent") else f"{name}-{agent.__name__}"
+
+
+def run_names(config: Config, agent: type) -> list[str]:
+    """["director"], ["dreamer"], or for a variant ["hac"] or ["disagreement", "dreamer"]."""
+    names = [name for name in (agent_name(agent), config.agent) if name != "director"]
+    return names or ["director"]
 
 
 def run_folder(config: Config, agent: type) -> pathlib.Path:
-    names = [name for name in (agent_name(agent), config.agent) if name != "director"]
-    name = "-".join(names) or "director"
+    name = "-".join(run_names(config, agent))
     default = f"runs/{config.task.replace('/', '-')}/{name}-{config.size}-{config.seed}"
     return pathlib.Path(config.logdir or default).absolute()
 
@@ -1186,52 +1216,60 @@ def read_checkpoint(path: pathlib.Path) -> dict:
     with zipfile.ZipFile(path) as file:
         if file.testzip():
             raise ValueError("its checksums do not match")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != 4:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved.get("format") != 4:
         raise ValueError("it was written by an older version of this program")
-    return state
+    return saved
 
 
-def refuse_other_run(state: dict, logdir, agent: type, flags: dict):
+def refuse_other_run(saved: dict, logdir, agent: type, flags: dict):
     """UserError if a checkpoint is of another kind of agent, task or network than asked for."""
-    if state["variant"] not in (agent_name(agent), *agent.compatible_variants):
-        raise UserError(f"--logdir {logdir}: holds a run of {state['variant']}")
+    if saved["variant"] not in (agent_name(agent), *agent.compatible_variants):
+        raise UserError(f"--logdir {logdir}: holds a run of {saved['variant']}")
     for field in dataclasses.fields(agent.Config):
-        old = state["config"].get(field.name)
+        old = saved["config"].get(field.name)
         new = flags.get(field.name, old)
         if field.metadata["fixed"] and old not in (None, new):
             raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not {new}; "
                             "use its flags, or another --logdir")
 
 
-def build_agent(state: dict, logdir, agent: type, flags: dict) -> "Director":
-    """The agent of a checkpoint with its own settings, except the given flags; not yet trained."""
-    old = {key: value for key, value in state["config"].items() if hasattr(agent.Config, key)}
+def build_agent(saved: dict, logdir, agent: type, flags: dict) -> Director:
+    """The agent of a checkpoint, with its settings except the given flags, without its weights."""
+    old = {key: value for key, value in saved["config"].items() if hasattr(agent.Config, key)}
     config = agent.Config(
         **{**old, "device": "auto", "precision": "auto", **flags, "logdir": str(logdir)})
-    sizes, action = state["spaces"]
+    sizes, action = saved["spaces"]
     obs_space = spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
                              for key, size in sizes.items()})
     act_space = spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action)
     return agent(obs_space, act_space, config)
 
 
+@contextlib.contextmanager
+def reading(path: pathlib.Path):
+    """Turns whatever a damaged or foreign file raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+        raise UserError(f"{path} cannot be used: {reason}") from error
+
+
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
     """The agent trained in a folder, with its settings except these flags; raises UserError."""
     path = pathlib.Path(logdir) / "checkpoint.pt"
     flags = {key: value for key, value in flags.items() if value != "auto"}  # as the run has it
-    try:
-        state = read_checkpoint(path)
-        refuse_other_run(state, logdir, agent, flags)
-        loaded = build_agent(state, logdir, agent, flags)
-        loaded.restore(state)
-        keys = ("run_id", "step", "seconds", "episodes", "config")
-        loaded.resumed_from = {key: state[key] for key in keys}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or foreign file can raise anything
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
-        raise UserError(f"{path} cannot be used: {reason}") from error
+    with reading(path):
+        saved = read_checkpoint(path)
+        refuse_other_run(saved, logdir, agent, flags)
+    loaded = build_agent(saved, logdir, agent, flags)
+    with reading(path):
+        loaded.restore(saved)
+    keys = ("run_id", "step", "seconds", "episodes", "config")
+    loaded.resumed_from = {key: saved[key] for key in keys}
     return loaded
 
 
@@ -1245,7 +1283,7 @@ class Run:
         self.checkpoint = self.logdir / "checkpoint.pt"
         self.replay = agent.Replay(config.replay_size)
         self.metrics = []  # of gradient steps since the last report
-        self.scores = []  # of episodes that were not printed yet
+        self.scores = []  # of episodes since then
         self.update_complete = True  # false within gradient steps
         self.interruptible = False  # true while environments step
         self.received_signals = []
@@ -1282,42 +1320,23 @@ class Run:
     def open(self):
         """Continue the files of the run, and listen to signals."""
         config = dataclasses.asdict(self.config)
-        if self.config.track:
-            wandb = require("wandb", "--track: wandb is missing; pip install wandb")
-            wandb.init(project=self.config.wandb_project, name=self.logdir.name, id=self.run_id,
-                       config=config, sync_tensorboard=True, resume="allow")
         settings = json.dumps({"run_id": self.run_id, **config}, indent=2)
         write_file(self.logdir / "config.json", io.BytesIO(settings.encode()), self.run_id)
-        self.clean_metrics()
         self.replay_dir.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(self.logdir, purge_step=self.step + 1)
+        self.logger = Logger(self.logdir, self.run_id, self.step, config)
         self.report_time = time.monotonic()
         with contextlib.suppress(ValueError):  # only the main thread can handle signals
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as HUP is under nohup
                     self.handlers[number] = signal.signal(number, self.on_signal)
-        self.say(f"{self.config.task}: {self.variant} of size {self.config.size}, "
-                 f"{self.config.precision} on {self.config.device}, in {self.logdir}")
+        names = " ".join(run_names(self.config, type(self.agent)))
+        print(f"{self.config.task}: {names} of size {self.config.size}, {self.config.precision} on "
+              f"{self.config.device}, in {self.logdir}", flush=True)
         if self.step:
             old = self.agent.resumed_from["config"]
             changed = [f" --{key} is {config[key]}, was {old[key]}." for key in config
                        if old.get(key, config[key]) != config[key]]
-            self.say(f"Resumed at step {self.step}.{''.join(changed)}")
-
-    def clean_metrics(self):
-        """Drop lines of metrics.jsonl that are damaged or later than the checkpoint."""
-        path = self.logdir / "metrics.jsonl"
-        if path.exists() and not self.checkpoint.exists():
-            aside = path.with_name(f"metrics-before-{self.run_id}.jsonl")
-            path.rename(aside)
-            print(f"{path} is of a run that never saved; it is now {aside.name}")
-        path.touch()
-        lines = []
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, after a kill
-                if json.loads(line)["step"] <= self.step:
-                    lines.append(line + "\n")
-        write_file(path, io.BytesIO("".join(lines).encode()), self.run_id)
+            print(f"Resumed at step {self.step}.{''.join(changed)}", flush=True)
 
     def on_signal(self, number: int, frame):
         """Note the signal; a second one of its kind ends the program without saving."""
@@ -1349,7 +1368,7 @@ class Run:
         agent = self.agent
         action = int(agent.act_space.n) if agent.discrete else tuple(agent.act_space.shape)
         sizes = {key: math.prod(space.shape) for key, space in agent.obs_space.items()}
-        state = {
+        saved = {
             "format": 4, "run_id": self.run_id, "variant": self.variant,
             "config": dataclasses.asdict(self.config),
             "spaces": (sizes, action), "agent": agent.state_dict(),
@@ -1358,7 +1377,7 @@ class Run:
             "seconds": time.monotonic() - self.start_time,
             "episodes": self.replay.save(self.replay_dir)}
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(saved, buffer)
         self.write_checkpoint(buffer)
         kept = {f"{name}.npz" for name in (*self.replay.lengths_on_disk, *self.replay.left_out)}
         for path in self.replay_dir.glob("[0-9]*.npz"):
@@ -1382,7 +1401,7 @@ class Run:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.lock.release()
-            self.writer.close()
+            self.logger.close()
 
     def times_due(self, every: int) -> int:
         """How many multiples of `every` were reached with the last step of the environments."""
@@ -1395,28 +1414,6 @@ class Run:
         for env in np.flatnonzero(driver.rows["is_last"]):
             self.scores.append(float(driver.score[env]))
             self.log({"episode/score": self.scores[-1], "episode/length": int(driver.length[env])})
-        silence = time.monotonic() - self.print_time
-        if silence > 30:
-            self.say(f"step {self.step}: {self.progress()}")
-        elif silence > 1 and self.scores:
-            self.say_scores()
-
-    def say_scores(self):
-        """Print the returns of the episodes that ended since the last line."""
-        scores, self.scores = self.scores, []
-        if scores:
-            self.say(f"step {self.step}: episodes: {len(scores)}, mean return "
-                     f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})")
-
-    def progress(self) -> str:
-        """Speed since the last report, and how long the present phase takes at this speed."""
-        seconds = max(time.monotonic() - self.report_time, 1e-9)
-        rate = (self.step - self.last_report) / seconds
-        phase, end = "training", self.config.steps
-        if self.step <= self.config.prefill:
-            phase, end = "random actions without training", min(self.config.prefill, end)
-        hours = (end - self.step) / max(rate, 1e-9) / 3600
-        return f"{phase}, {rate:.1f} steps/s, {hours:.2f} hours until step {end}"
 
     def mean_metrics(self) -> dict[str, float]:
         """Means since the last report; FloatingPointError if one is not finite."""
@@ -1431,39 +1428,39 @@ class Run:
         return means
 
     def report(self):
-        """Log the mean metrics of the gradient steps since the last report."""
+        """Log the mean metrics of the gradient steps since the last report, and print a line."""
         means = self.mean_metrics()
         now = time.monotonic()
         rate = (self.step - self.last_report) / max(now - self.report_time, 1e-9)
         self.log({**{f"train/{key}": value for key, value in means.items()},
                   "train/grad_steps": self.agent.grad_steps, "train/steps_per_second": rate,
                   "train/replay_steps": self.replay.steps})
-        self.say_scores()
-        text = f"step {self.step}: {self.agent.grad_steps} gradient steps, {self.progress()}"
-        self.say(text + (f", model loss {means['model_loss']:.4g}" if means else ""))
-        self.metrics = []
+        line = [f"step {self.step}", f"{self.agent.grad_steps} gradient steps"]
+        if self.scores:
+            line.append(f"{len(self.scores)} episodes with returns {min(self.scores):.1f} to "
+                        f"{max(self.scores):.1f}, mean {np.mean(self.scores):.1f}")
+        if means:
+            line.append(f"model loss {means['model_loss']:.4g}")
+        line.append(f"{rate:.1f} steps/s")
+        if means and rate:  # random actions before training are much faster
+            hours = (self.config.steps - self.step) / rate / 3600
+            line.append(f"{hours:.2f} hours left")
+        print(", ".join(line), flush=True)
+        self.metrics, self.scores = [], []
         self.report_time, self.last_report = now, self.step
 
     def log(self, metrics: dict[str, float]):
-        """Append to metrics.jsonl, and to TensorBoard's events under the same names."""
-        line = {"step": self.step, "seconds": round(time.monotonic() - self.start_time, 1)}
-        if self.config.action_repeat > 1:
-            line["frames"] = self.step * self.config.action_repeat
-        with open(self.logdir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({**line, **metrics}) + "\n")
-        for key, value in metrics.items():
-            self.writer.add_scalar(key, value, self.step)
-
-    def say(self, text: str):
-        self.print_time = time.monotonic()
-        print(text, flush=True)
+        frames = self.step * self.config.action_repeat
+        more = {"frames": frames} if self.config.action_repeat > 1 else {}
+        self.logger.write(metrics, self.step, **more,
+                          seconds=round(time.monotonic() - self.start_time, 1))
 
     def draw(self, film: list[tuple]):
         """Write pictures of an episode and of replay; random draws of training stay the same."""
         rng = copy.deepcopy(self.replay.rng)
         with torch.random.fork_rng():
             pictures.write(self.agent, film, self.replay.sample(6, 64),
-                           self.logdir / f"pictures/{self.step}", self.writer)
+                           self.logdir / f"pictures/{self.step}", self.logger.events)
         self.replay.rng = rng
         self.last_video = self.step
 
@@ -1478,7 +1475,8 @@ def train(config: Config, agent: type = Director) -> int:
     print(f"Starting {config.envs} environments of {config.task}", flush=True)
     with vector_envs(config, config.envs) as envs:
         run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
-        driver = Driver(envs, run.reseed())
+        env_seed = run.reseed()
+        driver = Driver(envs, env_seed)
         if run.step:
             run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
                             config.skip_missing)
@@ -1488,20 +1486,17 @@ def train(config: Config, agent: type = Director) -> int:
             train_step = run.agent.train_step
             if config.device == "cuda" and agent is Director and not config.eager:
                 from variants.graph import Graphed
-                train_step = Graphed(run.agent)  # the same as CUDA graphs, five times as fast
+                train_step = Graphed(run.agent)  # recorded as CUDA graphs, five times as fast
             random_until = max(config.prefill, config.random)
             if run.step < random_until:
-                run.say(f"Actions are random until step {random_until}, training starts at step "
-                        f"{config.prefill}.")
+                print(f"Actions are random until step {random_until}, training starts at step "
+                      f"{config.prefill}.", flush=True)
             if run.step >= config.steps:
-                run.say(f"Step {config.steps} was reached; for more, raise --steps.")
+                print(f"Step {config.steps} was reached; for more, raise --steps.", flush=True)
             while run.should_continue():
                 run.record(driver)  # what the last actions led to
 
                 # Learn. An error in here leaves parameters of different steps.
-                if config.prefill < run.step <= config.prefill + config.envs:
-                    run.say(f"step {run.step}: training starts")
-                    run.report_time, run.last_report = time.monotonic(), run.step
                 run.update_complete = False
                 if run.step > config.prefill:
                     for _ in range(run.times_due(config.train_every)):
@@ -1536,19 +1531,21 @@ def train(config: Config, agent: type = Director) -> int:
 
 
 def evaluate(config: Config, agent: type = Director, flags: dict | None = None) -> list[float]:
-    """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores."""
+    """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores.
+
+    All other settings are those of the run, except `flags`.
+    """
     logdir = run_folder(config, agent)
-    flags = dataclasses.asdict(config) if flags is None else flags  # instead of the run's own
-    player = load(logdir, agent, **flags)
-    with vector_envs(player.config, 1) as envs:
-        refuse_other_spaces(player, envs.single_observation_space, envs.single_action_space)
-        torch.manual_seed(player.config.seed)
-        driver = Driver(envs, player.config.seed)
+    loaded = load(logdir, agent, **(flags or {}))
+    with vector_envs(loaded.config, 1) as envs:
+        refuse_other_spaces(loaded, envs.single_observation_space, envs.single_action_space)
+        torch.manual_seed(loaded.config.seed)
+        driver = Driver(envs, loaded.config.seed)
         replay = agent.Replay(10_000)
         scores = []
         state = None
         while len(scores) < config.eval:
-            action, state = player.policy(driver.rows, state, mode="eval")
+            action, state = loaded.policy(driver.rows, state, mode="eval")
             replay.add(driver.rows)
             driver.step(action.cpu().numpy(), state)
             if driver.rows["is_last"][0]:
@@ -1556,7 +1553,7 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
                 print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
                       f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
                 if driver.film and len(scores) == 1:
-                    pictures.write(player, driver.film, replay.sample(6, 64),
+                    pictures.write(loaded, driver.film, replay.sample(6, 64),
                                    logdir / "pictures/eval")
             elif driver.length[0] % 1000 == 999:
                 print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
@@ -1582,7 +1579,9 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
         return 0
     except UserError as error:
         message = str(error)
-    except OSError as error:  # a full disk, a missing permission, a closed pipe
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise  # an environment's, or ours
         message = f"cannot write to {error.filename or 'stdout or --logdir'}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
         if not re.search("(allocate|enough|out of) memory|Storage size|MemoryError", repr(error)):

@@ -101,6 +101,27 @@ def test_tasks_agents_sizes_and_seeds_have_default_folders_of_their_own():
         assert director.run_folder(config, Director) == pathlib.Path.cwd() / folder
 
 
+def test_two_ideas_never_share_a_default_folder():
+    class Agent(Director):
+        pass
+
+    class Mine(Director):
+        pass
+
+    copy = type("Director", (Director,), {"__module__": __name__})  # in this file
+    names = [director.run_folder(Config(size="xs"), x).name for x in (Agent, copy, Mine, Director)]
+    assert names == ["test_director-xs-0", "test_director-xs-0", "test_director-Mine-xs-0",
+                     "director-xs-0"]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"agent": "dreamer2"}, {"size": "big"}, {"standardize": True}, {"precision": "bf16"},
+    {"device": "gpu"}])
+def test_settings_of_a_program_are_checked_like_flags(wrong):
+    with pytest.raises(director.UserError, match=f"--{next(iter(wrong))} .* choose from "):
+        Config(**wrong)
+
+
 # ---- Functions, against the official code and against brute force ---------------------------
 
 
@@ -987,13 +1008,19 @@ def test_random_actions_last_until_the_flag_while_training_starts_after_prefill(
     assert [line["train/grad_steps"] for line in lines] == [0, 0, 6, 13]
 
 
-def test_short_episodes_print_at_most_a_line_a_second_and_metrics_keep_each(tmp_path, capsys):
+def test_reports_print_the_returns_since_the_last_one_and_metrics_keep_each(tmp_path, capsys):
     flags = [*RUN, "--task=gym_CartPole-v1", "--steps=300", f"--logdir={tmp_path}"]
     assert director.main(flags) == 0
-    scores = [x["episode/score"] for x in read_metrics(tmp_path) if "episode/score" in x]
-    lines = re.findall(r"step \d+: episodes: (\d+), mean return", capsys.readouterr().out)
-    assert sum(int(count) for count in lines) == len(scores) > 8
-    assert len(lines) < len(scores)
+    lines = re.findall(r"step (\d+), .*?(\d+) episodes with returns ([\d.]+) to ([\d.]+), mean "
+                       r"([\d.]+)", capsys.readouterr().out)
+    assert [int(line[0]) for line in lines] == [50, 100, 150, 200, 250, 300]
+    episodes = [x for x in read_metrics(tmp_path) if "episode/score" in x]
+    assert len(episodes) > 8
+    for step, count, low, high, mean in lines:
+        scores = [x["episode/score"] for x in episodes if int(step) - 50 < x["step"] <= int(step)]
+        assert int(count) == len(scores)
+        close([float(low), float(high), float(mean)],
+              [min(scores), max(scores), np.mean(scores)], atol=0.051)
 
 
 def test_repeated_actions_are_one_step_and_frames_are_logged(tmp_path):
@@ -1199,7 +1226,35 @@ def test_an_agent_from_a_notebook_has_a_default_folder():
     program = ("import director\nclass Agent(director.Director): pass\n"
                "print(director.run_folder(Agent.Config(size='xs'), Agent))")
     printed = subprocess.check_output([sys.executable, "-c", program], cwd=HERE, text=True)
-    assert printed.endswith("agent-xs-0\n")
+    assert printed.endswith("notebook-xs-0\n")
+
+
+def test_a_mistake_in_a_subclass_is_shown_with_its_traceback_not_as_a_damaged_file(tmp_path):
+    class Broken(Director):
+        compatible_variants = ("director",)
+
+        def build(self, action):
+            super().build(action)
+            self.config.no_such_setting  # noqa: B018
+
+    class Reads(Director):
+        compatible_variants = ("director",)
+
+        def policy(self, *args, **kwargs):
+            return open(tmp_path / "no_such_file")  # noqa: SIM115
+
+    assert director.main([*RUN, "--task=gym_CartPole-v1", "--steps=150",
+                          f"--logdir={tmp_path}"]) == 0
+    for agent, error in ((Broken, AttributeError), (Reads, FileNotFoundError)):
+        with pytest.raises(error):
+            director.main(["--eval=1", f"--logdir={tmp_path}"], agent)
+
+
+def test_a_program_evaluates_with_the_settings_of_the_run(tmp_path):
+    flags = [*RUN, "--task=gym_CartPole-v1", "--steps=150", f"--logdir={tmp_path}"]
+    assert director.main(flags) == 0
+    scores = director.evaluate(Config(logdir=str(tmp_path), eval=2))
+    assert len(scores) == 2 and json.loads((tmp_path / "eval.json").read_text())["scores"] == scores
 
 
 # ---- Mistakes -------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Environments: the paper's tasks, small worlds for tests, and how Director runs them."""
 
+import errno
 import importlib
 import io
 import os
 import pathlib
+
+# Errors of a full disk, a missing permission, an unsuitable path or a closed pipe.
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+                errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EPIPE}
 
 
 class UserError(ValueError):

@@ -16,7 +16,8 @@ def draw(agent, film: list[tuple], batch: dict) -> dict[str, np.ndarray]:
     """Pictures by name, [frames, height, width, 3] uint8.
 
     episode: a film of (image, goal) as in `Driver`, side by side. openloop: replayed chunks
-    [B, T, ...], the prediction from five frames and the actions, the difference.
+    [B, T, ...], the prediction from five frames and the actions, the difference; black where
+    another episode has begun since.
     """
     model = agent.world_model
     batch = agent.tensors(batch)
@@ -28,9 +29,11 @@ def draw(agent, film: list[tuple], batch: dict) -> dict[str, np.ndarray]:
         feats.append(torch.cat([deter, stoch], -1))
     predicted = model.decoder(torch.stack(feats, 1))["image"]
     truth = batch["image"][:, 5:].float() / 255
+    same = (batch["is_first"][:, 5:].cumsum(1) == 0)[:, :, None, None, None]  # [B, T-5, 1, 1, 1]
     images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
     # Rows of B pictures [B, frames, 64, 64, 3]; rows are stacked, pictures stand side by side.
-    pictures = {"openloop": [truth, predicted, (predicted - truth + 1) / 2],
+    openloop = [truth, predicted, (predicted - truth + 1) / 2]
+    pictures = {"openloop": [row * same for row in openloop],
                 "episode": [images[None]]}
     if film[0][1] is not None and agent.picture_goal(film[0][1]) is not None:
         goals = torch.stack([goal for _, goal in film]).split(64)

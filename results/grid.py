@@ -512,7 +512,7 @@ def random_top_goals(agent: hac.Agent, replay: director.Replay) -> dict[str, flo
     goals that the top level chooses soon resemble each other, so exchanging them shows nothing.)
     """
     agent.top.dist = lambda feat: director.OneHot(
-        torch.zeros(*feat.shape[:-1], *agent.top.action))
+        torch.zeros(*feat.shape[:-1], *agent.top.action_shape))
     found = []
     for _ in range(BATCHES):
         states = filtered_states(agent, replay)

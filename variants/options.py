@@ -209,11 +209,11 @@ class OptionCritic(director.ActorCritic):
         """Actions of the options by hand, [N, F] -> [N, A]; 0 where a learned option acts."""
         option = feat[:, -self.count :]
         obs = self.decode(feat[:, : -self.count])
-        given = torch.zeros(len(feat), self.action[-1], device=feat.device)
+        given = torch.zeros(len(feat), self.action_shape[-1], device=feat.device)
         for w, hand in enumerate(self.hand_written, self.learned):
             action = hand.policy(obs)
             if self.discrete:
-                action = F.one_hot(action.long(), self.action[-1])
+                action = F.one_hot(action.long(), self.action_shape[-1])
             given = torch.where(option[:, w, None] > 0, action.float(), given)
         return given
 

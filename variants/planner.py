@@ -89,7 +89,7 @@ class Agent(director.Director):
         player, length = self.worker, config.plan_length
         if self.moves_are_codes:
             player, length = self.manager, config.horizon // config.goal_duration
-        start = torch.zeros(length, len(state["deter"]), *player.action, device=config.device)
+        start = torch.zeros(length, len(state["deter"]), *player.action_shape, device=config.device)
         elite = cross_entropy(score, start, player.discrete, config.candidates, config.rounds)
         return elite[0, :, 0].flatten(1)
 
