@@ -246,3 +246,15 @@ def test_every_row_of_runs_csv_has_its_metrics_and_every_metrics_file_its_row():
         with gzip.open(HERE / "results" / row["file"], "rt") as file:
             steps = [json.loads(line)["step"] for line in file]
         assert 0 <= int(row["steps"]) - steps[-1] < 13_000, row
+
+
+@pytest.mark.slow
+def test_benchmark_measures_a_train_step_and_its_parts(capsys, monkeypatch):
+    flags = [flag for flag in RUN if not flag.startswith(("--prefill", "--log_every"))]
+    text = run_program(monkeypatch, capsys, "results/benchmark.py", *flags, "--json")
+    table = json.loads(text.splitlines()[-1])
+    assert table["config"]["task"] == "pinpad_three" and table["config"]["batch_size"] == 2
+    medians = {key: row["median"] for key, row in table.items() if key != "config"}
+    assert all(value > 0 for value in medians.values()), medians
+    parts = sum(medians[f"  of it {part}"] for part in ("the world model", "goals", "behavior"))
+    assert medians["train step"] / 2 < parts < 2 * medians["train step"]
