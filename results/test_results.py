@@ -1,6 +1,7 @@
 """The programs that measured run, and give the numbers that the page shows."""
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import director
-from conftest import HERE, RUN, close, make_variant, random_batch, run_program, starts_at
+from conftest import HERE, RUN, close, make_variant, random_batch, run_program, starts_at, tensor
 from variants import dyna_q, feudal, pets
 
 sys.path.insert(0, str(HERE / "results"))
@@ -246,6 +247,32 @@ def test_every_row_of_runs_csv_has_its_metrics_and_every_metrics_file_its_row():
         with gzip.open(HERE / "results" / row["file"], "rt") as file:
             steps = [json.loads(line)["step"] for line in file]
         assert 0 <= int(row["steps"]) - steps[-1] < 13_000, row
+
+
+def test_world_model_shows_what_a_model_explains(tmp_path, capsys, monkeypatch):
+    flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--steps=400"]) == 0
+    program = functools.partial(run_program, monkeypatch, capsys, "results/world_model.py")
+    trained = program(tmp_path, "--test=4", "--chunks=8").splitlines()
+    again = program(tmp_path, "--test=4", "--chunks=8", "--train=400", "--units=8").splitlines()
+    assert [line.split(":")[0] for line in trained] == ["0 gradient steps"]
+    assert [line.split(":")[0] for line in again] == ["0 gradient steps", "400 gradient steps"]
+    pattern = re.compile(r"([a-z][a-z, 0-9]*): ([-.\de]+)")
+    tables = [{key: float(value) for key, value in pattern.findall(line)} for line in again]
+    assert list(tables[0]) == [
+        "state", "kl", "reward", "reward, ahead 1", "state, ahead 1", "reward, ahead 4",
+        "state, ahead 4", "reward, ahead 8", "state, ahead 8"]
+    assert tables[1]["state"] < tables[0]["state"] / 2  # it has learned to reconstruct
+    assert tables[0]["reward"] < tables[1]["reward"] <= 1
+    with pytest.raises(SystemExit):
+        program(tmp_path, "--test=1000")
+
+
+def test_explained_variance_is_one_for_the_truth_and_zero_for_the_mean():
+    world_model = runpy.run_path(str(HERE / "results/world_model.py"))
+    truth = tensor([1, 2, 3, 4])
+    assert world_model["explained"](truth, truth) == 1
+    assert world_model["explained"](torch.full((4,), 2.5), truth) == 0
 
 
 @pytest.mark.slow

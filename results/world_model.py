@@ -1,0 +1,131 @@
+"""What does the world model of a run reconstruct and predict, and what would other settings change?
+
+    python results/world_model.py RUN                                the trained model
+    python results/world_model.py RUN --train 1600                   a new one, from its episodes
+    python results/world_model.py RUN --train 1600 --deter 512       the same with other settings
+    python results/world_model.py RUN --train 1600 --kl_weight 0.1   the same with a weaker KL
+
+A new model learns from the finished episodes of the run but the last --test ones, without acting.
+It has the run's settings except the given flags, which are those of director.py. All models are
+tested on the last --test episodes; the trained one may have learned from these, too. Printed are,
+every 400 gradient steps:
+
+    image, state   squared error of reconstructions, summed over an image or a state vector
+    kl             nats per step between posterior and prior
+    reward         fraction of the variance of rewards that the model explains, in filtered states
+    ahead 1, 4, 8  the same (and the error of images and states) that many imagined steps ahead,
+                   with the actions that were taken; predicted rewards are means of four samples
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import director
+
+CONTEXT = 5  # steps that the model observes before it is tested
+AHEAD = (1, 4, 8)
+
+
+def load_episodes(run: pathlib.Path, agent: director.Director, test: int):
+    """Two replays: finished episodes to learn from, and the last ones for tests."""
+    resumed = agent.resumed_from
+    replay = director.Replay(10**9)
+    replay.load(run / "replay" / resumed["run_id"], resumed["episodes"], skip_missing=True)
+    finished = {name: episode for name, episode in sorted(replay.episodes.items())
+                if episode["is_last"][-1]}
+    if len(finished) <= test:
+        raise director.UserError(f"{run}: holds {len(finished)} finished episodes, not more than "
+                                 f"--test {test}")
+    replays = director.Replay(10**9), director.Replay(10**9)
+    for i, (name, episode) in enumerate(finished.items()):
+        replays[i >= len(finished) - test].episodes[name] = episode
+    return replays
+
+
+def explained(prediction: torch.Tensor, truth: torch.Tensor) -> float:
+    """Fraction of the variance: 1 if all is predicted, 0 for the mean."""
+    return 1 - float(((prediction - truth) ** 2).mean() / truth.var(correction=0))
+
+
+@torch.no_grad()
+def test_model(agent: director.Director, replay: director.Replay, chunks: int) -> dict[str, float]:
+    """Errors on the same chunks in each call; see the top."""
+    model = agent.world_model
+    replay.rng = np.random.default_rng(0)
+    batch = agent.tensors(replay.sample(chunks, CONTEXT + 3 * max(AHEAD)))
+    states = model.observe(batch)
+    targets = {key: model.encoder.preprocess(key, batch[key]) for key in model.encoder.keys}
+
+    def error(deter, stoch, start: int) -> dict[str, float]:
+        decoded = model.decoder(torch.cat([deter, stoch], -1))
+        return {key: float(((x - targets[key][:, start:]) ** 2).flatten(2).sum(-1).mean())
+                for key, x in decoded.items()}
+
+    def reward(deter, stoch) -> torch.Tensor:
+        return model.reward_head(torch.cat([deter, stoch], -1)).mean
+
+    deter, stoch = (states[key][:, CONTEXT:] for key in ("deter", "stoch"))
+    kl = director.balanced_kl(states["post"], states["prior"], 0.8)
+    results = {**error(deter, stoch, CONTEXT), "kl": float(kl[:, CONTEXT:].mean()),
+               "reward": explained(reward(deter, stoch), batch["reward"][:, CONTEXT:])}
+    for ahead in AHEAD:
+        predictions = []
+        for _ in range(4):
+            deter, stoch = (states[key][:, CONTEXT:-ahead] for key in ("deter", "stoch"))
+            for step in range(ahead):
+                first = CONTEXT + step + 1
+                action = batch["action"][:, first : first + deter.shape[1]]
+                deter, stoch = model.rssm.img_step(deter, stoch, action)
+            predictions.append(reward(deter, stoch))
+        truth = batch["reward"][:, CONTEXT + ahead :]
+        results[f"reward, ahead {ahead}"] = explained(torch.stack(predictions).mean(0), truth)
+        for key, value in error(deter, stoch, CONTEXT + ahead).items():
+            results[f"{key}, ahead {ahead}"] = value
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", type=pathlib.Path, help="folder of a run of director.py")
+    parser.add_argument("--train", type=int, default=0, help="gradient steps of a new model")
+    parser.add_argument("--test", type=int, default=12, help="episodes for tests")
+    parser.add_argument("--chunks", type=int, default=48, help="test chunks of replay")
+    parser.add_argument("--kl_weight", type=float, default=1.0, help="highest weight of the KL")
+    args, flags = parser.parse_known_args(argv)
+    try:
+        flags = director.parse_args(flags, director.Config)
+        agent = director.load(args.run)
+        learn, test = load_episodes(args.run, agent, args.test)
+        if args.train:
+            old = dataclasses.asdict(agent.config)
+            torch.manual_seed(flags.get("seed", old["seed"]))
+            config = director.Config(**{**old, **flags})
+            agent = director.Director(agent.obs_space, agent.act_space, config)
+            learn.rng = np.random.default_rng(config.seed)
+    except director.UserError as error:
+        print(f"world_model.py: {error}", file=sys.stderr)
+        return 2
+    adapt = agent.world_model.kl_adapt
+    adapt.high = min(adapt.high, args.kl_weight)
+    adapt.scale.clamp_(max=adapt.high)
+    for step in range(args.train + 1):
+        if step % 400 == 0 or step == args.train:
+            results = test_model(agent, test, args.chunks)
+            numbers = ", ".join(f"{key}: {value:.4g}" for key, value in results.items())
+            print(f"{step} gradient steps: {numbers}", flush=True)
+        batch = agent.tensors(learn.sample(agent.config.batch_size, agent.config.batch_length))
+        if step < args.train:
+            with director.autocast(agent.config):
+                loss = agent.world_model.loss(batch)[0]
+            agent.optimizers["world_model"].minimize(loss)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
