@@ -1234,8 +1234,8 @@ def refuse_other_run(saved: dict, logdir, agent: type, flags: dict):
                             "use its flags, or another --logdir")
 
 
-def build_agent(saved: dict, logdir, agent: type, flags: dict) -> Director:
-    """The agent of a checkpoint, with its settings except the given flags, without its weights."""
+def saved_arguments(saved: dict, logdir, agent: type, flags: dict) -> tuple:
+    """The spaces and settings, except the given flags, with which a checkpoint's agent was made."""
     old = {key: value for key, value in saved["config"].items() if hasattr(agent.Config, key)}
     config = agent.Config(
         **{**old, "device": "auto", "precision": "auto", **flags, "logdir": str(logdir)})
@@ -1243,7 +1243,7 @@ def build_agent(saved: dict, logdir, agent: type, flags: dict) -> Director:
     obs_space = spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
                              for key, size in sizes.items()})
     act_space = spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action)
-    return agent(obs_space, act_space, config)
+    return obs_space, act_space, config
 
 
 @contextlib.contextmanager
@@ -1265,7 +1265,8 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
     with reading(path):
         saved = read_checkpoint(path)
         refuse_other_run(saved, logdir, agent, flags)
-    loaded = build_agent(saved, logdir, agent, flags)
+        arguments = saved_arguments(saved, logdir, agent, flags)
+    loaded = agent(*arguments)  # a mistake in it is not one of the file
     with reading(path):
         loaded.restore(saved)
     keys = ("run_id", "step", "seconds", "episodes", "config")
@@ -1435,7 +1436,7 @@ class Run:
         self.log({**{f"train/{key}": value for key, value in means.items()},
                   "train/grad_steps": self.agent.grad_steps, "train/steps_per_second": rate,
                   "train/replay_steps": self.replay.steps})
-        line = [f"step {self.step}", f"{self.agent.grad_steps} gradient steps"]
+        line = [f"{self.agent.grad_steps} gradient steps"]
         if self.scores:
             line.append(f"{len(self.scores)} episodes with returns {min(self.scores):.1f} to "
                         f"{max(self.scores):.1f}, mean {np.mean(self.scores):.1f}")
@@ -1445,7 +1446,7 @@ class Run:
         if means and rate:  # random actions before training are much faster
             hours = (self.config.steps - self.step) / rate / 3600
             line.append(f"{hours:.2f} hours left")
-        print(", ".join(line), flush=True)
+        print(f"step {self.step}: {', '.join(line)}", flush=True)
         self.metrics, self.scores = [], []
         self.report_time, self.last_report = now, self.step
 

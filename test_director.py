@@ -1011,7 +1011,7 @@ def test_random_actions_last_until_the_flag_while_training_starts_after_prefill(
 def test_reports_print_the_returns_since_the_last_one_and_metrics_keep_each(tmp_path, capsys):
     flags = [*RUN, "--task=gym_CartPole-v1", "--steps=300", f"--logdir={tmp_path}"]
     assert director.main(flags) == 0
-    lines = re.findall(r"step (\d+), .*?(\d+) episodes with returns ([\d.]+) to ([\d.]+), mean "
+    lines = re.findall(r"step (\d+): .*?(\d+) episodes with returns ([\d.]+) to ([\d.]+), mean "
                        r"([\d.]+)", capsys.readouterr().out)
     assert [int(line[0]) for line in lines] == [50, 100, 150, 200, 250, 300]
     episodes = [x for x in read_metrics(tmp_path) if "episode/score" in x]
