@@ -141,7 +141,7 @@ class Config:
     skill_classes: int = flag(8, "classes in each group of the code", low=2, fixed=True)
     learning_rate: float = flag(None, "learning rate of all optimizers", low=0, group="learning")
     kl_target: float = flag(None, "target of the world model's KL, in nats per step", low=0)
-    discount: float = flag(0.99, "once per worker step, and once per manager decision", low=0.01,
+    discount: float = flag(0.99, "discount per worker step, and per manager decision", low=0.01,
                            high=1)
     lam: float = flag(0.95, "lambda of the returns", low=0, high=1)
     horizon: int = flag(16, "imagined steps, a multiple of --goal_duration")
