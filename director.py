@@ -309,9 +309,8 @@ def all_reduce_mean(tensors: list[Tensor]) -> list[Tensor]:
 class AutoAdapt(nn.Module):
     """Weights a regularizer so that its mean stays near `target`.
 
-    Each element of `shape` has a scale, which starts at 1. If the mean is above 1.1 times
-    (below 1/1.1 of) the target, the scale is multiplied (divided) by 1.1, then clipped to
-    [low, high].
+    Each element of `shape` has a scale, which starts at 1. If the mean is above 1.1 times (below
+    1/1.1 of) the target, the scale is multiplied (divided) by 1.1, then clipped to [low, high].
     `inverse`, for an entropy: the scale grows below the target, and the loss is negated.
     """
 

@@ -101,7 +101,7 @@ def test_tasks_agents_sizes_and_seeds_have_default_folders_of_their_own():
         assert director.run_folder(config, Director) == pathlib.Path.cwd() / folder
 
 
-def test_two_ideas_never_share_a_default_folder():
+def test_the_default_folder_names_the_file_and_the_class_of_a_subclass():
     class Agent(Director):
         pass
 

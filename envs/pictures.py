@@ -29,11 +29,11 @@ def draw(agent, film: list[tuple], batch: dict) -> dict[str, np.ndarray]:
         feats.append(torch.cat([deter, stoch], -1))
     predicted = model.decoder(torch.stack(feats, 1))["image"]
     truth = batch["image"][:, 5:].float() / 255
-    same = (batch["is_first"][:, 5:].cumsum(1) == 0)[:, :, None, None, None]  # [B, T-5, 1, 1, 1]
+    same_episode = batch["is_first"][:, 5:].cumsum(1) == 0  # [B, T-5]
     images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
     # Rows of B pictures [B, frames, 64, 64, 3]; rows are stacked, pictures stand side by side.
     openloop = [truth, predicted, (predicted - truth + 1) / 2]
-    pictures = {"openloop": [row * same for row in openloop],
+    pictures = {"openloop": [row * same_episode[..., None, None, None] for row in openloop],
                 "episode": [images[None]]}
     if film[0][1] is not None and agent.picture_goal(film[0][1]) is not None:
         goals = torch.stack([goal for _, goal in film]).split(64)

@@ -275,6 +275,15 @@ def test_explained_variance_is_one_for_the_truth_and_zero_for_the_mean():
     assert world_model["explained"](torch.full((4,), 2.5), truth) == 0
 
 
+def test_world_model_takes_the_networks_of_another_size():
+    changed = runpy.run_path(str(HERE / "results/world_model.py"))["changed"]
+    config = director.Config(size="xs", deter=64, seed=3, device="cpu")
+    assert changed(config, {"units": 7}) == director.Config(
+        size="xs", deter=64, units=7, seed=3, device="cpu")
+    assert changed(config, {"size": "s", "units": 7}) == director.Config(
+        size="s", units=7, seed=3, device="cpu")
+
+
 @pytest.mark.slow
 def test_benchmark_measures_a_train_step_and_its_parts(capsys, monkeypatch):
     flags = [flag for flag in RUN if not flag.startswith(("--prefill", "--log_every"))]

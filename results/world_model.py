@@ -6,7 +6,8 @@
     python results/world_model.py RUN --train 1600 --kl_weight 0.1   the same with a weaker KL
 
 A new model learns from the finished episodes of the run but the last --test ones, without acting.
-It has the run's settings except the given flags, which are those of director.py. All models are
+It has the run's settings except the given flags, which are those of director.py; --size also sets
+the networks and batches of that size. All models are
 tested on the last --test episodes; the trained one may have learned from these, too. Printed are,
 every 400 gradient steps:
 
@@ -46,6 +47,15 @@ def load_episodes(run: pathlib.Path, agent: director.Director, test: int):
     for i, (name, episode) in enumerate(finished.items()):
         replays[i >= len(finished) - test].episodes[name] = episode
     return replays
+
+
+def changed(config: director.Config, flags: dict) -> director.Config:
+    """The settings of a run with these flags; a size replaces all that it sets."""
+    settings = dataclasses.asdict(config)
+    if "size" in flags:
+        for name in director.SIZES["xs"]:
+            settings[name] = None
+    return director.Config(**{**settings, **flags})
 
 
 def explained(prediction: torch.Tensor, truth: torch.Tensor) -> float:
@@ -103,9 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         agent = director.load(args.run)
         learn, test = load_episodes(args.run, agent, args.test)
         if args.train:
-            old = dataclasses.asdict(agent.config)
-            torch.manual_seed(flags.get("seed", old["seed"]))
-            config = director.Config(**{**old, **flags})
+            config = changed(agent.config, flags)
+            torch.manual_seed(config.seed)
             agent = director.Director(agent.obs_space, agent.act_space, config)
             learn.rng = np.random.default_rng(config.seed)
     except director.UserError as error:
@@ -119,9 +128,10 @@ def main(argv: list[str] | None = None) -> int:
             results = test_model(agent, test, args.chunks)
             numbers = ", ".join(f"{key}: {value:.4g}" for key, value in results.items())
             print(f"{step} gradient steps: {numbers}", flush=True)
-        batch = agent.tensors(learn.sample(agent.config.batch_size, agent.config.batch_length))
         if step < args.train:
-            with director.autocast(agent.config):
+            config = agent.config
+            batch = agent.tensors(learn.sample(config.batch_size, config.batch_length))
+            with director.autocast(config):
                 loss = agent.world_model.loss(batch)[0]
             agent.optimizers["world_model"].minimize(loss)
     return 0
