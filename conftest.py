@@ -16,9 +16,10 @@ import torch
 from gymnasium import spaces
 
 import director
-from director import IMAGE, Director
+from director import Director
 from envs.dmc import DMControl
 from envs.pin_pad import PinPad
+from envs.wrappers import IMAGE
 
 # Two cores are enough: one for the test that runs, one for a run in the background.
 torch.set_num_threads(1)

@@ -49,9 +49,7 @@ import re
 import signal
 import sys
 import time
-import zipfile
 
-import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,10 +57,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from envs import CANNOT_WRITE, UserError, pictures, write_file  # envs/ has to be beside this file
+from envs.folder import Lock, agent_name, read_run, read_settings, reading, run_folder, run_names
 from envs.log import Logger
 from envs.make import choose_quality, make_env, refuse_other_spaces, vector_envs  # noqa: F401
 from envs.vector import SIGNALS, Driver
-from envs.wrappers import IMAGE
 
 # ---- Configuration --------------------------------------------------------------------------
 SIZES = {  # what --size sets; a flag of its own takes precedence
@@ -1179,92 +1177,12 @@ class Replay:
 # Run.should_continue() is false. Its `finally` calls Run.close(), which saves a checkpoint, also
 # after errors of environments and closed pipes. A second signal of the same kind ends the program
 # without saving. After an error or a NaN inside a gradient step, update_complete prevents saving.
-#
-# A run has an id, which is in config.json, in the checkpoint, and in the names of the folder of its
-# episodes and of temporary files. Such files with another id are never read or changed.
-
-def agent_name(agent: type) -> str:
-    """The name of its file, and of its class unless that is Director or Agent."""
-    file = getattr(sys.modules.get(agent.__module__), "__file__", "notebook")
-    name = pathlib.Path(file).stem
-    return name if agent.__name__ in ("Director", "Agent") else f"{name}-{agent.__name__}"
-
-
-def run_names(config: Config, agent: type) -> list[str]:
-    """["director"], ["dreamer"], or for a variant ["hac"] or ["disagreement", "dreamer"]."""
-    names = [name for name in (agent_name(agent), config.agent) if name != "director"]
-    return names or ["director"]
-
-
-def run_folder(config: Config, agent: type) -> pathlib.Path:
-    name = "-".join(run_names(config, agent))
-    default = f"runs/{config.task.replace('/', '-')}/{name}-{config.size}-{config.seed}"
-    return pathlib.Path(config.logdir or default).absolute()
-
-
-def read_settings(logdir: pathlib.Path) -> dict:
-    """What is in config.json; {} if the folder holds no run."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        settings = json.loads((logdir / "config.json").read_text())
-        return settings if settings["run_id"] else {}
-    return {}
-
-
-def read_checkpoint(path: pathlib.Path) -> dict:
-    """Checksums are verified, and only tensors, numbers, strings and containers are unpickled."""
-    with zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError("its checksums do not match")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved.get("format") != 4:
-        raise ValueError("it was written by an older version of this program")
-    return saved
-
-
-def refuse_other_run(saved: dict, logdir, agent: type, flags: dict):
-    """UserError if a checkpoint is of another kind of agent, task or network than asked for."""
-    if saved["variant"] not in (agent_name(agent), *agent.compatible_variants):
-        raise UserError(f"--logdir {logdir}: holds a run of {saved['variant']}")
-    for field in dataclasses.fields(agent.Config):
-        old = saved["config"].get(field.name)
-        new = flags.get(field.name, old)
-        if field.metadata["fixed"] and old not in (None, new):
-            raise UserError(f"--logdir {logdir}: holds a run with --{field.name} {old}, not {new}; "
-                            "use its flags, or another --logdir")
-
-
-def saved_arguments(saved: dict, logdir, agent: type, flags: dict) -> tuple:
-    """The spaces and settings, except the given flags, with which a checkpoint's agent was made."""
-    old = {key: value for key, value in saved["config"].items() if hasattr(agent.Config, key)}
-    config = agent.Config(
-        **{**old, "device": "auto", "precision": "auto", **flags, "logdir": str(logdir)})
-    sizes, action = saved["spaces"]
-    obs_space = spaces.Dict({key: IMAGE if key == "image" else spaces.Box(-np.inf, np.inf, (size,))
-                             for key, size in sizes.items()})
-    act_space = spaces.Discrete(action) if isinstance(action, int) else spaces.Box(-1, 1, action)
-    return obs_space, act_space, config
-
-
-@contextlib.contextmanager
-def reading(path: pathlib.Path):
-    """Turns whatever a damaged or foreign file raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
-        raise UserError(f"{path} cannot be used: {reason}") from error
-
 
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
     """The agent trained in a folder, with its settings except these flags; raises UserError."""
     path = pathlib.Path(logdir) / "checkpoint.pt"
     flags = {key: value for key, value in flags.items() if value != "auto"}  # as the run has it
-    with reading(path):
-        saved = read_checkpoint(path)
-        refuse_other_run(saved, logdir, agent, flags)
-        arguments = saved_arguments(saved, logdir, agent, flags)
+    saved, arguments = read_run(path, agent, flags)
     loaded = agent(*arguments)  # a mistake in it is not one of the file
     with reading(path):
         loaded.restore(saved)
@@ -1303,19 +1221,7 @@ class Run:
         self.start_time = time.monotonic() - self.agent.resumed_from["seconds"]  # without pauses
 
     def lock_folder(self):
-        """Reserve the folder for this process, as long as it lives; UserError if it cannot be."""
-        self.logdir.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in self.logdir.iterdir()
-                 if path.name != "lock" and not path.name.startswith(".tmp-")]
-        if names and not read_settings(self.logdir):
-            raise UserError(f"--logdir {self.logdir}: holds {min(names)}, no run; use another")
-        path = self.logdir / "lock"
-        self.lock = filelock.FileLock(path)
-        try:
-            self.lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise UserError(f"--logdir {self.logdir}: another process trains there") from error
-        self.lock_stat = path.stat()
+        self.lock = Lock(self.logdir)
 
     def open(self):
         """Continue the files of the run, and listen to signals."""
@@ -1361,10 +1267,7 @@ class Run:
         if self.step == self.last_save or not self.update_complete:
             return
         self.mean_metrics()  # raises if one is not finite
-        lock = self.logdir / "lock"
-        if (not self.replay_dir.exists() or not lock.exists()
-                or not os.path.samestat(lock.stat(), self.lock_stat)):
-            raise UserError(f"{self.logdir} was moved or deleted; nothing is saved there")
+        self.lock.check(self.replay_dir)
         agent = self.agent
         action = int(agent.act_space.n) if agent.discrete else tuple(agent.act_space.shape)
         sizes = {key: math.prod(space.shape) for key, space in agent.obs_space.items()}

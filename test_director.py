@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import director
 import envs.dmc
+import envs.folder
 import envs.vector
 from conftest import (
     CONTINUOUS,
@@ -49,9 +50,10 @@ from conftest import (
     starts_at,
     tensor,
 )
-from director import IMAGE, Config, Director, Driver, Replay
+from director import Config, Director, Driver, Replay
 from envs.grid import Corridor
 from envs.pin_pad import PinPad
+from envs.wrappers import IMAGE
 
 # ---- Configuration --------------------------------------------------------------------------
 
@@ -1152,13 +1154,13 @@ def test_evaluation_needs_only_the_folder_and_writes_scores_and_pictures(agent, 
 def test_an_evaluation_reads_the_checkpoint_once(tmp_path, monkeypatch):
     flags = [*RUN, "--task=gym_Corridor-v0", "--steps=120", f"--logdir={tmp_path}"]
     assert director.main(flags) == 0
-    reads, read_checkpoint = [], director.read_checkpoint
+    reads, read_checkpoint = [], envs.folder.read_checkpoint
 
     def record(path):
         reads.append(path)
         return read_checkpoint(path)
 
-    monkeypatch.setattr(director, "read_checkpoint", record)
+    monkeypatch.setattr(envs.folder, "read_checkpoint", record)
     assert director.main(["--eval=1", f"--logdir={tmp_path}"]) == 0
     assert reads == [tmp_path / "checkpoint.pt"]
 

@@ -34,6 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import director
 from director import Director
 from envs.grid import Grid
+from envs.wrappers import IMAGE
 from variants import (
     diayn,
     disagreement,
@@ -790,7 +791,7 @@ def time_train_steps(rounds: int = 15, size: str = "xs"):
             flags = [] if name == "hdreamer" else flags  # its flags are for the grid
             flags = director.parse_args([*flags, f"--size={size}"], agent_class.Config)
             config = agent_class.Config(**{**flags, "device": "cpu"})
-            obs_space = spaces.Dict({"image": director.IMAGE})
+            obs_space = spaces.Dict({"image": IMAGE})
             agents[name] = agent_class(obs_space, act_space, config)
         times = np.zeros((rounds, len(agents)))
         for i, (j, agent) in itertools.product(range(rounds), enumerate(agents.values())):

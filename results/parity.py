@@ -21,6 +21,7 @@ from gymnasium import spaces
 FOLDER = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 import director
+from envs.wrappers import IMAGE
 
 METRICS = {  # ours: theirs
     "image_loss": "image_loss_mean", "reward_loss": "reward_loss_mean",
@@ -110,7 +111,7 @@ def compare(kind: str) -> dict[str, float]:
         stoch=4, classes=4, cnn_depth=4, learning_rate=0.0, slow_every=2)
     size = file["data_action"].shape[-1]
     space = spaces.Discrete(size) if kind == "discrete" else spaces.Box(-1, 1, (size,))
-    agent = director.Director(spaces.Dict({"image": director.IMAGE}), space, config)
+    agent = director.Director(spaces.Dict({"image": IMAGE}), space, config)
     copy_weights(file, agent)
     batch = {key[5:]: value for key, value in file.items() if key.startswith("data_")}
     errors = dict.fromkeys(METRICS, 0.0)
