@@ -13,7 +13,7 @@ def refuse(config, names: tuple, reason: str):
     for field in dataclasses.fields(config):
         default = config.sizes[config.size].get(field.name, field.default)
         if field.name in names and getattr(config, field.name) != default:
-            raise UserError(f"--{field.name} has no effect here: {reason}")
+            raise UserError(f"--{field.name} has no effect here: {reason} (default: {default})")
 
 
 def same_episode(is_first: Tensor, k: int) -> Tensor:
@@ -21,7 +21,9 @@ def same_episode(is_first: Tensor, k: int) -> Tensor:
 
     Losses over such pairs divide by B (T-k), not by the number of pairs: no value has to be read
     from the GPU, and parallel processes average correctly. Where many pairs are left out, such a
-    loss is smaller in proportion.
+    loss is smaller in proportion, and so are means that `AutoAdapt` compares with its target. If no
+    episode is longer than k, nothing is learned; the metric `goal_pairs` shows the fraction of
+    pairs that count.
     """
     return ~is_first[:, 1:].unfold(1, k, 1).any(-1)
 

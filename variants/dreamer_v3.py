@@ -22,12 +22,13 @@ used.
 --percentiles     The actor's score is sum_i w_i (R_i - v_i) / max(floor_i, P95_i - P5_i) over its
                   rewards i with Director's weights w. P5 and P95 are moving averages of the
                   percentiles of the returns in a batch (decay 0.99, from 0, without bias
-                  correction). The floor is 1 for the task reward. It is 0.1 for exploration and
-                  goals, whose returns are small: a floor of 1 would switch them off. Director's
-                  own normalizations of returns and of the score are off.
+                  correction). The floor is 1 for the task reward. It is 0.1 for exploration, whose
+                  returns have a range below 0.1 (a floor of 1 would nearly switch it off), and for
+                  goals, whose range is below 1 at first. Director's own normalizations of returns
+                  and of the score are off.
 --critic_ema      Returns use the critics v themselves, not slow copies. Each critic has a second
-                  loss, of the same form, towards the prediction of v' whose weights psi' follow
-                  those of v: psi' <- 0.98 psi' + 0.02 psi.
+                  loss, of the same form, towards the prediction of v', a critic whose weights are
+                  an exponential moving average of those of v (decay 0.98).
 --rms_silu        RMSNorm and SiLU in place of layer norm and ELU. Linear layers get biases, since
                   an RMSNorm has none.
 --laprop          LaProp in place of Adam, without weight decay. The gradient of each tensor w is
@@ -38,8 +39,9 @@ used.
 What stays Director's: the adaptive scale of the entropy, gradients of a continuous worker through
 the dynamics, the goal autoencoder on `deter`, goals of 8 steps, the max-cosine reward; the order of
 updates (world model, goals, critics, actors; the official code makes one step of all); sizes,
-depths and initial weights of networks, the norm before the recurrent unit's gates, its learned
-first state; 16 imagined steps; the distribution of continuous actions; uniform replay.
+depths and initial weights of networks; that the recurrent unit's gates are normalized (by an
+RMSNorm with --rms_silu); its learned first state; 16 imagined steps; the distribution of continuous
+actions; uniform replay.
 
 What is left out: critics that also learn from replayed states; REINFORCE for continuous workers;
 the block-diagonal recurrent network; symlog of vector observations; the discount of 1 - 1/333,

@@ -6,17 +6,17 @@ and Hinton, 1993).
     python -m variants.feudal --task pinpad_three [--feudal_reward dot]
 
 Idea: a manager sets a direction, and the worker is rewarded if the state moves along it, wherever
-the worker starts. A direction has the same meaning in many states, and cannot be used up by
-reaching it.
+the worker starts. A direction has the same meaning in many states, and is never finished, while a
+state is finished once it is reached.
 
 What changes:
 - The goal autoencoder learns unit directions (s[t+K] - s[t]) / |s[t+K] - s[t]| from replay, with
   s = `deter`, instead of states. It decodes a code to a unit direction g.
-- With j the number of steps since the goal was set, the worker's reward is, after FuN's eq. 8,
+- In the j-th step of a goal, j = 1..K, the worker's reward is, after FuN's eq. 8,
 
       1/j sum over i = 1..j of cos(s[t+1] - s[t+1-i], g).
 
-  (The last step alone, i = 1, would reward jitter.) With `--feudal_reward dot` it is
+  (The last step alone, i = 1, would reward moving to and fro.) With `--feudal_reward dot` it is
   g . (s[t+1] - s[t]), which adds up to the progress along g.
 - The manager's exploration reward is the autoencoder's error on the direction in which the state
   moved while the goal lasted.
@@ -85,6 +85,7 @@ class Agent(director.Director):
         weight = same_episode(states["is_first"], k)  # [B, T-K]
         with director.autocast(self.config):
             loss, metrics = self.goals.loss(direction.flatten(0, 1), weight.flatten())
+        metrics["goal_pairs"] = weight.float().mean()
         metrics["goal_grad_norm"] = self.optimizers["goals"].minimize(loss)
         return metrics
 

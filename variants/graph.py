@@ -6,8 +6,8 @@ never change, parameters and statistics stay at their addresses, and it reads no
 
 director.py trains in this way on a GPU unless `--eager` is set. Variants do not, because a train
 step that does something else in Python from step to step must not be recorded (`prioritized`,
-`dyna_q`). Results equal those of eager steps, random numbers included. Recording takes seconds, and
-its memory is in use until the program ends.
+`dyna_q`). Results equal those of eager steps up to rounding, random numbers included. Recording
+takes seconds, and its memory is in use until the program ends.
 """
 
 import numpy as np

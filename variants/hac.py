@@ -16,16 +16,16 @@ What changes:
   (Director's eq. 8) of that goal and the state in which the worker's goal ends, K steps later.
 - The top level sets a goal every K * `--top_duration` steps. It alone is rewarded for the task and
   for novelty, the error of its own autoencoder. In HAC, the goal of the highest level is the task's
-  goal; as there, a lower level knows only its goal.
+  goal. As in HAC, a lower level does not see the task.
 - Each of these two levels has its own goal autoencoder. Both learn all replayed states.
 - Each level discounts by `--discount` per decision of its own. In environment steps, the top level
   looks K * `--top_duration` times as far ahead as the worker. With the default `--horizon` it makes
   one decision per imagined trajectory, so its return is r + discount * v.
 - With `--hindsight p`, in a fraction p of trajectories the action in s[t] is replaced by a code of
-  the state that was reached, drawn from encode(s[t+1]). REINFORCE then raises the probability of an
-  action that the policy did not take, and nothing corrects for it, while HAC's DDPG is off-policy.
-  In experiments the middle level then no longer pursues the goals of the top. So p is 0 by default,
-  and what remains of HAC are its levels.
+  the state that was reached, drawn from encode(s[t+1]). REINFORCE then raises or lowers the
+  probability of an action that the policy did not take, and nothing corrects for it, while HAC's
+  DDPG is off-policy. In experiments the middle level then no longer pursues the goals of the top.
+  So p is 0 by default, and what remains of HAC are its levels.
 
 HAC's H, the number of actions per goal, is K for the worker and `--top_duration` for the middle.
 
@@ -117,8 +117,8 @@ class Agent(director.Director):
         players = super().player_trajectories(traj)
         duration = self.config.top_duration  # decisions of the middle for each goal of the top
         middle = self.relabel(players["manager"], self.goals)
-        # split_trajectory sets the last entry of "goal" to the goal that was pursued. Here this is
-        # the top's.
+        # At the end of a segment, split_trajectory repeats the goal that was pursued, but only of
+        # the key "goal". So the top's goal travels under that name.
         middle["goal"] = middle["top_goal"]
         middle = director.split_trajectory(middle, duration)
         middle["top_goal"] = middle["goal"]

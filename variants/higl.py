@@ -6,13 +6,17 @@ whose goals are points in given spaces; Contrastive Predictive Coding (CPC; van 
 
     python -m variants.higl --task pinpad_three [--higl_loss contrastive]
 
-Idea: an encoder E maps states s (`deter`) to a few numbers in (-1, 1), such that distances between
-codes tell how far apart in time states are. A goal z is a point in that space, and the worker's
-reward is -|E(s[t+1]) - z|^2. Goals need no decoder, and goals that are close have codes that are
-close, which is not so for Director's discrete codes.
+Idea: an encoder E maps states s (`deter`) to codes of a few numbers in (-1, 1), which have to tell
+where a state leads. A goal z is a point in that space, and the worker's reward is
+-|E(s[t+1]) - z|^2. Goals need no decoder, and states that are close have goals that are close,
+which is not so for Director's discrete codes.
+
+This is HIGL's setting, not HIGL itself, whose two ideas are left out (below). The encoder is
+learned as in representation learning for subgoals.
 
 What changes:
-- E learns from replay to predict s[t+K] from E(s[t]), by squared error.
+- E learns from replay to predict s[t+K] from E(s[t]), by squared error (`--higl_loss
+  reconstruction`, the default).
 - With `--higl_loss contrastive` it learns by InfoNCE (CPC, eq. 4) instead: among the codes of all
   states s_j[t+K] of the batch, the code of s_i[t] has to be most similar to that of its own
   successor s_i[t+K], where sim(a, b) = -|a - b|^2 / temperature is the distance of the reward. This
@@ -26,8 +30,8 @@ What changes:
 What is left out: CPC's recurrent context, and its bilinear score, whose scale is not tied to a
 distance. HIGL's landmarks (states that are far apart or new, and a graph for planning over them)
 and its adjacency network: here a goal may be out of reach within K steps, and only the manager's
-return teaches it which goals are. HIRO's off-policy correction, which imagination makes
-unnecessary.
+return teaches it which goals are. HIRO's goals are relative to the state, and its reward is the
+distance, not its square; its off-policy correction is unnecessary in imagination.
 """
 
 import dataclasses
@@ -86,6 +90,8 @@ class Config(director.Config):
     def __post_init__(self):
         super().__post_init__()
         refuse(self, ("skill_groups", "skill_classes"), "--latent is the size of a goal")
+        if self.higl_loss != "contrastive":
+            refuse(self, ("temperature",), "only --higl_loss contrastive reads it")
         if self.batch_length <= self.goal_duration:
             raise director.UserError("--batch_length: has to be more than --goal_duration")
 
@@ -110,6 +116,7 @@ class Agent(director.Director):
             now = codes[:, :-k].flatten(0, 1)
             later = codes[:, k:].flatten(0, 1)
             loss, metrics = goals.info_nce(now, later, weight.flatten())
+        metrics["goal_pairs"] = weight.mean()
         metrics["goal_grad_norm"] = self.optimizers["goals"].minimize(loss)
         newest = torch.cat([codes.detach().flatten(0, 1), goals.memory])
         goals.memory.copy_(newest[: len(goals.memory)])

@@ -5,9 +5,9 @@ Paper: Hindsight Experience Replay (HER; Andrychowicz et al., 2017).
     python -m variants.hindsight --task pinpad_three [--her 0]
 
 Idea: if a goal is rewarded only where it is reached, an untrained worker hardly ever gets a reward.
-But it reached some states. So each replayed transition (s, a, s') is learned with 1 + k goals g:
-one of the manager's, and k = `--her` states that came later in the same episode and chunk
-(Algorithm 1; strategy "future" of Section 4.5). The rewards are those that these goals bring.
+But it reached some states. So each replayed transition (s, a, s') is learned with 1 + her goals g:
+one of the manager's, and `--her` states that came later in the same episode and chunk (Algorithm 1;
+strategy "future" of Section 4.5). The rewards are those that these goals bring.
 
 What changes: the worker, since such experience is off-policy. It learns Q(s, g, a) by squared error
 towards
@@ -25,9 +25,12 @@ manager's alone. The slow networks are copied every `--slow_every` steps.
   was taken, because old goals are points in the latent space of an older world model.
 The manager learns in imagination, as before.
 
-What is left out: HER's reward is 0 where g is reached, else -1, and reaching g does not end the
-episode; without terminal states this only scales and shifts Q. HER also clips the whole target,
-normalises inputs, penalises large actions, and mixes Gaussian with uniform noise.
+What is left out:
+- HER's reward is 0 where g is reached, else -1, and reaching g does not end the episode. If the
+  worker can stay at g, this only scales and shifts Q. Otherwise HER prefers actions after which it
+  can stay at g, while here only the first arrival counts.
+- HER also clips the whole target, normalises inputs, penalises large actions, and mixes Gaussian
+  with uniform noise.
 """
 
 import copy
@@ -95,7 +98,8 @@ class Config(director.Config):
     agent: str = director.flag("director", "a flat agent has no goals", ("director",), fixed=True)
     batch_length: int = director.flag(None, "steps in a replay chunk", low=2)
     her: int = director.flag(4, "later states as goals of each step", low=0, group="hindsight")
-    reached: float = director.flag(0.95, "max-cosine at which a goal is reached", low=0, high=1)
+    reached: float = director.flag(0.95, "max-cosine above which a goal is reached", low=0,
+                                   high=0.999)
     noise: float = director.flag(0.2, "epsilon, or the standard deviation of continuous actions",
                                  low=0, high=0.999)
 

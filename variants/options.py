@@ -5,9 +5,11 @@ Options are those of Between MDPs and semi-MDPs (Sutton, Precup, Singh, 1999).
 
     python -m variants.options --task pinpad_three [--option_entropy 0 --option_cost 0]
 
-Idea: an option w has a policy over actions, and a probability beta(s, w) of ending in state s. A
-policy over options, pi(w | s), then picks the next one. Everything learns from the task reward;
-there are no goals.
+Idea: an option w has a policy over actions, and a probability beta(s, w) of ending in state s (its
+termination function). A policy over options, pi(w | s), then picks the next one. Everything learns
+from the task reward; there are no goals. In this file, a *pick* is a choice by pi, an option that
+does not end *goes on* (continues), the *cost of ending* is what later papers call the deliberation
+cost, and options *by hand* are hand-written ones.
 
 What changes: the worker's actor and critic read an option (one-hot). In each state that is reached,
 the option that led there ends with probability beta. If it ends, pi picks an option, perhaps the
@@ -31,8 +33,8 @@ e = 0, and calls the cost xi):
   entropy of a pick, to go on brings Q. With the optimal pi, option w ends where
   pi(w | s) < exp(-c / e).
 - pi maximizes V(s) + e H(s), in all states.
-- e and c are in units of the standard deviation of A over states and options (0 for an option that
-  cannot start), because rewards may have any scale.
+- e and c are in units of the standard deviation of A over states and options, because rewards may
+  have any scale. (A counts as 0 if the option cannot start.)
 
 Options by hand: `HandWritten` has an initiation set, a policy and a probability to end that a
 person wrote. Only Q and pi learn for them, by the formulas above: beta and actions are given, and
@@ -66,12 +68,12 @@ imagination and in the environment, so that an option acts in the same way in bo
 that options by hand make mistakes until the decoder is good, and see nothing that it leaves out.
 
 What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
-is a network that learns in imagination. The cost is part of beta's gradient, not of rewards (as in
-Harb et al., 2018). Soft versions of option-critic also add the entropy of actions to Q; here it is
-Director's bonus in the actor's loss, and no value includes it. Gradients of continuous actions do
-not flow through ends and picks. Picks and ends are sampled with `--eval`, too. Options by hand are
-Markov: they do not know how long they have lasted, so they have no time limits. There are no goals,
-but `--horizon` still has to be a multiple of `--goal_duration`.
+is a network that learns in imagination. The cost is part of beta's gradient, not of the rewards,
+where Harb et al. (2018) put it. Soft versions of option-critic also add the entropy of actions to
+Q; here it is Director's bonus in the actor's loss, and no value includes it. Gradients of
+continuous actions do not flow through ends and picks. Picks and ends are sampled with `--eval`,
+too. Options by hand are Markov: they do not know how long they have lasted, so they have no time
+limits. There are no goals, but `--horizon` still has to be a multiple of `--goal_duration`.
 """
 
 import dataclasses
@@ -236,12 +238,12 @@ class OptionCritic(director.ActorCritic):
         q_next = (q[1:] * w).sum(-1)  # Q(s', w), [H, N]
         u = (1 - beta) * q_next + beta * v[1:]  # U(s', w), eq. 3
         # The entropy of a pick is a reward, so that sampled parts of a return include it, too.
-        # The unit, the standard deviation of A, is updated in `learn`, after all calls of this
-        # method. Before the first gradient step there is none, and the weight is 0.
-        weight = config.option_entropy / self.gapnorm(torch.ones_like(beta), update=False)
+        # Its unit, the standard deviation of A, is updated in `learn`, after all calls of this
+        # method. Before the first gradient step it is about 0.
+        std = 1 / self.gapnorm(torch.ones_like(beta), update=False)
+        entropy = config.option_entropy * std * torch.special.entr(pi[1:]).sum(-1)
         discount = config.discount * traj["cont"][1:]
-        entropy = torch.special.entr(pi[1:]).sum(-1)
-        reward = traj["reward_extr"] + discount * beta * weight * entropy
+        reward = traj["reward_extr"] + discount * beta * entropy
         value = torch.cat([q_acting[:1], u])  # [H+1, N]; lambda_return ignores the first
         return director.lambda_return(reward, value, discount, config.lam), q_acting
 

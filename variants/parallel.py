@@ -15,8 +15,8 @@ A signal to any process, or to torchrun, stops all after the same step, and a ch
 An error in one process, or its death, ends all without saving; the same command then continues from
 the last checkpoint.
 
-Communication: 17 collectives in a train step, one in a step of the environments; 189 MB of
-gradients at size `paper`, about 1 ms over NVLink (calculated, not measured).
+Communication: 16 collectives in a train step (from pixels), one in a step of the environments; 189
+MB of gradients at size `paper`, about 1 ms over NVLink (calculated, not measured).
 """
 
 import os

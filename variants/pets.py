@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 import director
-from variants import disagreement, planner, refuse
+from variants import disagreement, planner
 
 
 @dataclasses.dataclass
@@ -50,10 +50,6 @@ class Config(planner.Config, disagreement.Config):
                                  group="pets")
     disagreement_cost: float = director.flag(
         0.0, "cost of a standard deviation of the members' returns", low=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        refuse(self, ("simulations", "tried"), "there is no tree search")
 
 
 class Agent(planner.Agent, disagreement.Agent):

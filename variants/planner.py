@@ -10,7 +10,8 @@ learning are Director's, whose checkpoints can be loaded. A *move* is a primitiv
 of the manager, on which the worker acts for K steps.
 - `--planner actions` searches for a sequence of `--plan_length` primitive actions by the
   cross-entropy method (CEM); `--rounds 1` is random shooting.
-- `--planner codes` searches for a sequence of H / K codes in the same way.
+- `--planner codes` searches for a sequence of H / K codes in the same way (H is `--horizon`, K is
+  `--goal_duration`).
 - `--planner mcts` is MuZero's tree search, over codes, or over primitive actions with `--agent
   dreamer`. If moves are too many to enumerate, a node tries some samples of the actor, as in
   Sampled MuZero.
@@ -22,11 +23,12 @@ values rewards that are averaged over K steps and discounted once per K steps. S
 discounted by the K-th root of the discount, and the value is multiplied by K.
 
 What is left out: PETS's ensemble of models, which `pets.py` adds (here there is one model, and one
-sample of each sequence); chance nodes (a child is one sample), noise at the root, and learning from
-the results of the search.
+sample of each sequence); chance nodes (a child is one sample), noise at the root, noise on
+actions during training (PlaNet adds it), and learning from the results of the search.
 """
 
 import dataclasses
+import functools
 import sys
 
 import numpy as np
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 
 import director
+from variants import refuse
 from variants.search import cross_entropy, tree_search
 
 
@@ -51,6 +54,11 @@ class Config(director.Config):
         super().__post_init__()
         if self.planner == "codes" and self.agent == "dreamer":
             raise director.UserError("--planner codes: a flat agent has none; use actions or mcts")
+        unread = {"none": ("plan_length", "candidates", "rounds", "simulations", "tried"),
+                  "actions": ("simulations", "tried"),
+                  "codes": ("plan_length", "simulations", "tried"),
+                  "mcts": ("plan_length", "candidates", "rounds")}
+        refuse(self, unread[self.planner], f"--planner {self.planner} does not read it")
 
 
 class Agent(director.Director):
@@ -83,13 +91,11 @@ class Agent(director.Director):
                 state, self.options, self.imagine_move, self.value, config.simulations)
             return moves[torch.arange(len(visits)), visits.argmax(1)]
 
-        def score(sequences: Tensor) -> Tensor:
-            return self.score(state, sequences)
-
         player, length = self.worker, config.plan_length
         if self.moves_are_codes:
             player, length = self.manager, config.horizon // config.goal_duration
         start = torch.zeros(length, len(state["deter"]), *player.action_shape, device=config.device)
+        score = functools.partial(self.score, state)
         elite = cross_entropy(score, start, player.discrete, config.candidates, config.rounds)
         return elite[0, :, 0].flatten(1)
 

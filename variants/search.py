@@ -53,10 +53,11 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
 
         Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move),
 
-    where P is the prior, and Q the mean return found behind the move, scaled to 0..1 by the least
-    and the largest Q in the tree (0 if there is none), until it comes to a move without a node. It
-    imagines that move, evaluates the new state, and adds the return to all moves on the way. (In
-    MuZero, 1.25 grows with the logarithm of visits, by 0.003 in 50 simulations.)
+    where P is the prior, and Q the mean of the returns that were backed up through the move, scaled
+    to 0..1 by the least and the largest Q in the tree (0 if there is none), until it comes to a
+    move without a node. It imagines that move, evaluates the new state, and adds the return to all
+    moves on the way. (In MuZero, 1.25 grows with the logarithm of visits, by 0.003 in 50
+    simulations.)
     """
     moves, prior = options(root)
     trees = np.arange(len(prior))
@@ -76,7 +77,7 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
         high = np.where(visits > 0, q, -np.inf).max((1, 2), keepdims=True)
         scaled = np.where(visits > 0, (q - low) / np.maximum(high - low, 1e-8), 0)
 
-        # Go down to a move without a node. Where that is reached, node and move stay as they are.
+        # Go down to a move without a node. A tree that has found such a move waits there.
         node = np.zeros(len(trees), int)
         going = np.ones(len(trees), bool)
         path = []
@@ -101,7 +102,7 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
         states.append(state)
         tried.append(moves)
 
-        # Add the return to the moves on the way up.
+        # Back up the return.
         back = value(state).cpu().numpy()
         for node, move, on_path in reversed(path):
             at = trees[on_path], node[on_path], move[on_path]

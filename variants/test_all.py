@@ -68,7 +68,8 @@ VARIANTS = [  # agent, flags
 
 @pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE], ids=short_name)
 @pytest.mark.parametrize(("agent", "flags"), VARIANTS, ids=short_name)
-def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimizer(agent, flags, space):
+def test_a_variant_makes_train_steps_and_acts_and_each_parameter_has_one_optimizer(
+        agent, flags, space, monkeypatch):
     if agent is dyna_q.Agent and space is CONTINUOUS:
         with pytest.raises(director.UserError, match="discrete"):
             make_variant(agent, space, **flags)
@@ -78,7 +79,15 @@ def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimizer(agent, f
     metrics = [check_optimizer_ownership(agent, batch) for _ in range(3)][-1]
     assert all(value.isfinite() for value in metrics.values()), metrics
     assert ("goal_reward_other" in metrics) == bool(agent.manager)
-    state, skills = None, []
+    state, skills, choices = None, [], []
+    if agent.manager:
+        choose_skill = agent.sample_skill
+
+        def record(state):
+            choices.append(len(skills))
+            return choose_skill(state)
+
+        monkeypatch.setattr(agent, "sample_skill", record)
     for step in range(9):  # three environments, of which the second begins anew at step 4
         first = np.array([step == 0, step in (0, 4), step == 0])
         action, state = agent.policy(
@@ -88,6 +97,7 @@ def test_a_variant_learns_and_acts_and_each_parameter_has_one_optimizer(agent, f
     if agent.manager:
         assert all(torch.equal(x[0], skills[0][0]) for x in skills[:8])
         assert all(torch.equal(x[1], skills[4][1]) for x in skills[4:])
+        assert choices == [0, 4, 8]  # the second environment's time is 4 steps behind
     if agent.discrete:
         close(action.sum(-1), np.ones(3))
 
@@ -145,6 +155,7 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (higl.Agent, ["--skill_groups=4"], "--skill_groups has no effect here: --latent is the size"),
     (higl.Agent, ["--skill_classes=4"], "--skill_classes has no effect here: --latent is the size"),
     (higl.Agent, ["--temperature=0"], "must be from 0.001"),
+    (higl.Agent, ["--temperature=3"], "--higl_loss contrastive reads it (default: 0.5)"),
     (diayn.Agent, ["--skills=1"], "must be from 2"),
     (diayn.Agent, ["--skill_groups=4"], "--skill_groups has no effect here: --skills is"),
     (diayn.Agent, ["--manager_expl=0"], "--manager_expl has no effect here: there is no novelty"),
@@ -160,11 +171,15 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (prioritized.Agent, ["--priority_beta=2"], "must be from 0 to 1"),
     (hindsight.Agent, ["--agent=dreamer"], "dreamer: choose from"),
     (hindsight.Agent, ["--batch_length=1"], "must be from 2"),
+    (hindsight.Agent, ["--reached=1"], "must be from 0 to 0.999"),
     (hindsight.Agent, ["--worker_extr=0.5"], "--worker_extr has no effect here: the worker"),
     (planner.Agent, ["--planner=codes", "--agent=dreamer"], "a flat agent has none"),
     (planner.Agent, ["--candidates=9"], "must be from 20"),
     (pets.Agent, ["--planner=mcts"], "mcts: choose from"),
-    (pets.Agent, ["--tried=4"], "--tried has no effect here: there is no tree search"),
+    (planner.Agent, ["--tried=4"], "--tried has no effect here: --planner actions does not"),
+    (planner.Agent, ["--planner=codes", "--plan_length=5"], "--plan_length has no effect here"),
+    (planner.Agent, ["--planner=mcts", "--rounds=1"], "--rounds has no effect here"),
+    (pets.Agent, ["--tried=4"], "--tried has no effect here: --planner actions does not read it"),
     (options.Agent, ["--options=-1"], "--options -1: must be from 0"),
     (options.Agent, ["--option_cost=-1"], "must be from 0"),
     (options.Agent, ["--worker_extr=0.5"], "--worker_extr has no effect here: there are no goals"),

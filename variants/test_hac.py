@@ -154,7 +154,7 @@ def test_hac_autoencoders_are_two_that_learn_the_same_states():
     assert agent.goals is not agent.top_goals
 
 
-def test_hac_goals_of_the_top_that_are_reached_show_beside_those_of_others():
+def test_hac_metrics_compare_the_reward_for_own_and_for_exchanged_goals_of_the_top():
     agent = make_variant(hac.Agent, goal_duration=2, top_duration=2, horizon=8)
     traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
     for start in (0, 4):  # reached at the end, and never before

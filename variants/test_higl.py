@@ -65,7 +65,7 @@ def test_higl_learns_from_pairs_within_an_episode_and_remembers_the_newest_codes
 
 
 def test_higl_contrasts_each_pair_with_all_others():
-    agent = make_variant(higl.Agent, latent=3, temperature=0.7)
+    agent = make_variant(higl.Agent, latent=3, higl_loss="contrastive", temperature=0.7)
     now, later = torch.randn(2, 5, 3, requires_grad=True)
     weight = tensor([1, 1, 0, 1, 1])
     loss, metrics = agent.goals.info_nce(now, later, weight)
@@ -79,22 +79,22 @@ def test_higl_contrasts_each_pair_with_all_others():
 
 @pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
 def test_higl_codes_of_a_walk_tell_how_far_apart_its_places_are(loss):
-    """Places on a line, whose observations are random vectors.
-
-    Reconstruction learns to predict, too, but distances mean something only if they did before.
-    """
+    """Places on a line, whose observations are random vectors."""
     agent = make_variant(higl.Agent, higl_loss=loss, goal_duration=2, learning_rate=3e-3, units=32)
     gen = np.random.default_rng(0)
     place = torch.as_tensor(np.abs((gen.integers(-1, 2, (16, 24)).cumsum(1) + 12) % 24 - 12))
     looks = torch.randn(13, 16, generator=torch.manual_seed(0))
+    visited = place.unique()
 
     def told() -> float:
         with torch.no_grad():
-            far = torch.cdist(*2 * [agent.goals.encode(looks)])
-        moves = (torch.arange(13)[:, None] - torch.arange(13)).abs().float()
+            codes = agent.goals.encode(looks[visited])
+        far = torch.cdist(codes, codes)
+        moves = (visited[:, None] - visited).abs().float()
         return float(torch.corrcoef(torch.stack([far.flatten(), moves.flatten()]))[0, 1])
 
     before, states = told(), {"deter": looks[place], "is_first": torch.zeros(16, 24).bool()}
     losses = [float(agent.train_goals(states)["goal_loss"].detach()) for _ in range(150)]
     assert losses[-1] < 0.95 * losses[0]
-    assert told() > before + 0.3 or loss == "reconstruction", (before, told())
+    after = told()
+    assert after > 0.9 if loss == "contrastive" else after > before + 0.15, (before, after)

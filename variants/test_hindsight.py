@@ -54,7 +54,7 @@ def test_goals_in_hindsight_are_all_that_comes_later_in_the_episode_and_nothing_
 
 
 @pytest.mark.parametrize("space", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
-def test_q_is_trained_towards_what_a_loop_says_under_own_and_later_goals(
+def test_targets_of_q_equal_those_of_a_loop_over_own_and_later_goals(
         space, monkeypatch, only_worker):
     agent = make_variant(hindsight.Agent, space, her=2, goal_duration=4, horizon=8, reached=0.8)
     states, own, later = script(), torch.randn(3, 11, 16), torch.randn(2, 3, 11, 16)

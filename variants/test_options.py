@@ -85,7 +85,7 @@ def two_states(table, **flags):
     return agent
 
 
-def test_options_are_worth_going_on_and_picking_anew_by_hand():
+def test_option_returns_bootstrap_from_going_on_and_from_a_new_pick():
     agent = two_states([[1, 2], [3, 5]], lam=0.5, option_entropy=0)
     at, option = [0, 1, 1], [1, 0, 0]
     traj = {"deter": torch.eye(16)[at][:, None], "stoch": torch.zeros(3, 1, 16),
@@ -184,7 +184,7 @@ def test_rewards_of_any_size_teach_the_same_ends_and_picks():
     close(found[0], found[1], rtol=1e-3)
 
 
-def test_a_step_that_copies_the_slow_critic_has_one_unit_of_entropy():
+def test_a_step_that_copies_the_slow_critic_uses_one_unit_of_entropy_in_both_of_its_returns():
     agent = make_variant(options.Agent, options=2, option_entropy=1)
     worker = agent.worker
     traj = agent.imagine(starts_at(*torch.randn(2, 8, 16)))

@@ -167,8 +167,8 @@ def test_codes_are_searched_for_where_the_agent_acts_and_not_where_it_imagines()
 def test_search_finds_the_action_that_the_model_rewards(way):
     """The reward head rewards the third action; the actors are not trained."""
     torch.manual_seed(0)
-    agent = make_variant(planner.Agent, planner=way, candidates=40, goal_duration=1, horizon=2,
-                 simulations=30, tried=16)
+    flags = {"simulations": 30, "tried": 16} if way == "mcts" else {"candidates": 40}
+    agent = make_variant(planner.Agent, planner=way, goal_duration=1, horizon=2, **flags)
     agent.world_model.rssm.img_step = lambda deter, stoch, action: (
         F.pad(action, (0, 11)), stoch)
     agent.world_model.reward_head.forward = lambda feat: director.Symlog(feat[:, 2])

@@ -92,7 +92,7 @@ def test_chunks_keep_the_rules_of_replay_and_tell_their_places():
     assert not replay.episodes[0]["is_first"][1:].any()  # it is as it was
 
 
-def test_what_is_new_is_drawn_first_and_what_is_forgotten_never():
+def test_new_steps_are_drawn_first_and_steps_that_left_the_replay_never():
     replay = prioritized_replay(6, 6, capacity=17)
     hand_back(replay, [[name, step] for name in (0, 1) for step in range(6)], 12 * [50.0])
     for number in range(6):
