@@ -43,7 +43,7 @@ from variants import refuse
 
 
 class Skills(nn.Module):
-    """The discriminator, log q(z | s): [..., D] -> [..., skills]. A skill is its own goal."""
+    """The discriminator q(z | s) of skills z. A skill is its own goal."""
 
     def __init__(self, config: "Config"):
         super().__init__()
@@ -51,7 +51,8 @@ class Skills(nn.Module):
         self.size = config.skills  # of a goal
         self.discriminator = director.MLP(config.deter, (config.skills,), config)
 
-    def forward(self, deter: Tensor) -> Tensor:
+    def log_q(self, deter: Tensor) -> Tensor:
+        """log q(z | s) of all skills, [..., D] -> [..., skills]."""
         return self.discriminator(deter).log_softmax(-1)
 
     def decode(self, skill: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class Agent(director.Director):
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
         """Eq. 3, [H, N]."""
-        log_q = (self.goals(traj["deter"][1:]) * traj["goal"][:-1]).sum(-1)
+        log_q = (self.goals.log_q(traj["deter"][1:]) * traj["goal"][:-1]).sum(-1)
         return log_q + math.log(self.config.skills)
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -120,7 +121,7 @@ class Agent(director.Director):
         skill = traj["skill"][:-1, :uniform].detach()
         state = traj["deter"][1:, :uniform].detach()
         with director.autocast(self.config):
-            log_q = self.goals(state)  # [H, N, skills]
+            log_q = self.goals.log_q(state)  # [H, N, skills]
         # States count by the probability of arriving in them. Ends count, too, since the worker is
         # rewarded for them.
         arrival = director.trajectory_weights(traj["cont"].detach(), 1.0)[:-1, :uniform]
