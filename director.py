@@ -112,7 +112,6 @@ class Config:
     save_every: int = flag(10_000, "environment steps between two checkpoints")
     video_every: int = flag(20_000, "environment steps between two sets of pictures")
     track: bool = flag(False, "also log to Weights & Biases")
-    wandb_project: str = flag("director", "project of Weights & Biases")
     skip_missing: bool = flag(False, "resume without replay files that are missing")
     envs: int = flag(4, "environments that run side by side", group="data")
     processes: str = flag("auto", "a process for each environment; auto: for dmc_ and "

@@ -1042,7 +1042,8 @@ def test_track_starts_weights_and_biases_before_events_are_written(tmp_path, mon
         calls.append(kwargs)
         assert not list(tmp_path.glob("events.*"))
 
-    flags = [*RUN, "--track", "--wandb_project=mine", "--steps=60", f"--logdir={tmp_path}"]
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    flags = [*RUN, "--track", "--steps=60", f"--logdir={tmp_path}"]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert director.main(flags) == 2
     error = capsys.readouterr().err

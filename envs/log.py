@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 
 from torch.utils.tensorboard import SummaryWriter
@@ -21,8 +22,8 @@ class Logger:
     def __init__(self, logdir: pathlib.Path, run_id: str, step: int, config: dict):
         if config["track"]:
             wandb = require("wandb", "--track: wandb is missing; pip install wandb")
-            wandb.init(project=config["wandb_project"], name=logdir.name, id=run_id, config=config,
-                       sync_tensorboard=True, resume="allow")
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "director"), name=logdir.name,
+                       id=run_id, config=config, sync_tensorboard=True, resume="allow")
         self.path = logdir / "metrics.jsonl"
         if step == 0 and self.path.exists():
             aside = self.path.with_name(f"metrics-before-{run_id}.jsonl")
