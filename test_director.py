@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import sys
 import time
 import types
 
+import dm_env
 import gymnasium
 import imageio.v2 as imageio
 import numpy as np
@@ -24,8 +26,9 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import director
@@ -51,9 +54,10 @@ from conftest import (
     tensor,
 )
 from director import Config, Director, Driver, Replay
+from envs.dmc import DMControl
 from envs.grid import Corridor
 from envs.pin_pad import PinPad
-from envs.wrappers import IMAGE
+from envs.wrappers import IMAGE, resize
 
 # ---- Configuration --------------------------------------------------------------------------
 
@@ -64,6 +68,18 @@ def test_a_size_sets_what_is_not_given(size):
         assert getattr(Config(size=size), name) == value
     assert Config(size=size, deter=64).deter == 64
     assert Config(size=size, learning_rate=0.0).learning_rate == 0  # given, although it is falsy
+
+
+def test_the_settings_of_size_paper_are_those_of_the_paper():
+    settings = {
+        "deter": 1024, "hidden": 1024, "stoch": 32, "classes": 32, "units": 512, "layers": 4,
+        "cnn_depth": 64, "batch_size": 16, "batch_length": 64, "train_every": 16, "slow_every": 100,
+        "learning_rate": 1e-4, "kl_target": 3.5, "standardize": "no", "skill_groups": 8,
+        "skill_classes": 8, "discount": 0.99, "lam": 0.95, "horizon": 16, "goal_duration": 8,
+        "worker_extr": 0.0, "manager_expl": 0.1, "envs": 4, "prefill": 10_000,
+        "replay_size": 1_000_000, "action_repeat": 1}
+    config = dataclasses.asdict(Config(size="paper"))
+    assert {key: config[key] for key in settings} == settings
 
 
 def test_the_default_size_is_that_of_the_paper_on_a_gpu_only(monkeypatch):
@@ -219,6 +235,14 @@ def test_one_hot_matches_torch_and_samples_with_straight_through_gradients():
     close(mixed.probs, [0.995, 0.005], rtol=1e-4)
 
 
+def test_samples_of_different_rows_and_groups_are_independent():
+    torch.manual_seed(0)
+    rows = director.OneHot(torch.zeros(2, 5000, 4)).rsample()
+    groups = director.OneHot(torch.zeros(5000, 2, 4)).rsample().movedim(1, 0)
+    for a, b in (rows, groups):
+        assert (a * b).sum(-1).mean().item() == pytest.approx(0.25, abs=0.03)
+
+
 def test_bounded_normal_matches_torch_and_knows_its_range_of_entropy():
     torch.manual_seed(0)
     dist = director.BoundedNormal(torch.randn(5, 3), torch.randn(5, 3))
@@ -364,7 +388,38 @@ def test_optimizer_clips_decays_matrices_only_and_follows_adam():
     close(layer.bias, params[1], rtol=1e-3)
 
 
+def test_tiny_gradients_make_small_steps():
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.zero_()
+    optimizer = director.Optimizer(layer, Config(size="xs", learning_rate=0.1))
+    optimizer.minimize(1e-6 * layer.weight.sum())
+    close(layer.weight, [[-0.05]], rtol=1e-3)  # g / (|g| + eps), where g = eps = 1e-6
+
+
 # ---- The agent ------------------------------------------------------------------------------
+
+
+def test_first_weights_are_glorot_uniform_and_those_of_outputs_are_smaller():
+    agent = make_agent(units=64, layers=2, cnn_depth=8)
+    outputs = {module.out for module in agent.modules() if isinstance(module, director.MLP)}
+    for layer in agent.modules():
+        if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            continue
+        parts = [(layer.weight, 0.1 if layer in outputs else 1.0)]
+        if layer is agent.worker.actor.out:
+            mean, std = layer.weight.chunk(2)
+            parts = [(mean, 0.1), (std, 1.0)]
+        for weight, scale in parts:
+            fans = sum(nn.init._calculate_fan_in_and_fan_out(weight))
+            assert 0.9 < weight.abs().max() / math.sqrt(6 * scale / fans) < 1.0001, layer
+        assert layer.bias is None or not layer.bias.any()
+
+
+def test_players_weigh_their_rewards_by_the_flags():
+    agent = make_agent(worker_extr=0.5, manager_expl=0.3)
+    assert agent.worker.rewards == {"goal": 1.0, "extr": 0.5}
+    assert agent.manager.rewards == {"extr": 1.0, "expl": 0.3}
+    assert make_agent(agent="dreamer").worker.rewards == {"extr": 1.0}
 
 
 @pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
@@ -387,6 +442,28 @@ def test_slow_critics_are_copied_in_the_first_step_and_then_in_every_nth():
         weights = agent.manager.critics["expl"].out.weight, agent.manager.slow["expl"].out.weight
         fresh.append(torch.equal(*weights))
     assert fresh == [True, False, False, True, False, False, True]
+
+
+def test_returns_bootstrap_from_the_slow_critics_only():
+    agent = make_agent(DISCRETE, worker_extr=0.5)
+    imagined = agent.imagine(starts_at(torch.randn(4, 16), torch.randn(4, 16)))
+    for name, traj in agent.player_trajectories(imagined).items():
+        player = agent.players[name]
+        for reward in player.rewards:
+            player.slow[reward].out.bias.data.fill_(3.0)
+            _, value = player.returns(reward, player.feat(traj), traj)
+            assert (value > 5).all()  # those of the critics are near 0
+
+
+def test_training_reads_whether_a_state_is_terminal_and_not_whether_it_is_the_last():
+    metrics = []
+    for last in (False, True):
+        agent = make_agent(DISCRETE)
+        batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
+        batch["is_last"][:] = last
+        torch.manual_seed(0)
+        metrics.append({key: value.item() for key, value in agent.train_step(batch).items()})
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize("target, scale", [(0, 1), (1e-3, 1), (1e9, 1.1**-3)])
@@ -437,6 +514,31 @@ def test_imagination_keeps_goals_for_eight_steps_and_has_gradients_for_continuou
         assert not torch.equal(traj["goal"][8], traj["goal"][7])
         given = agent.imagine({**starts, "goal": torch.ones(4, 16)})
         assert (given["goal"] == 1).all()
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+def test_imagined_codes_states_and_actions_are_samples(space):
+    agent = make_agent(space)
+    starts = starts_at(torch.zeros(30, 16), torch.zeros(30, 16))
+    traj = agent.imagine(starts)
+    assert len(traj["skill"][0].unique(dim=0)) > 5
+    assert len(traj["stoch"][1].unique(dim=0)) > 5
+    traj = agent.imagine({**starts, "goal": torch.zeros(30, 16)})  # all in the same state
+    assert len(traj["action"][0].unique(dim=0)) > 3
+
+
+@pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
+def test_only_the_worker_and_only_in_an_evaluation_takes_its_most_likely_action(space):
+    agent = make_agent(space)
+    state = agent.policy({"image": np.zeros((1, 64, 64, 3), np.uint8)})[1]
+    going, first = np.zeros(1, bool), np.ones(1, bool)
+    with torch.no_grad():
+        best = agent.worker.dist(agent.worker.feat(state)).mode
+        for mode in ("train", "eval"):
+            actions = torch.cat([agent.act(state, going, mode)["action"] for _ in range(30)])
+            assert (actions == best).all() == (mode == "eval")
+            skills = torch.cat([agent.act(state, first, mode)["skill"] for _ in range(30)])
+            assert len(skills.unique(dim=0)) > 1
 
 
 def test_goal_reward_belongs_to_the_goal_under_which_the_action_was_taken():
@@ -540,6 +642,12 @@ def test_standardized_states_give_the_same_losses_in_any_unit():
     target = agent.world_model.encoder.preprocess
     close(target("state", tensor([[300.0, 0, -7]])), [[300.0, 0, -7]])
     close(target("image", torch.full((1, 64, 64, 3), 51, dtype=torch.uint8)).unique(), [0.2])
+
+
+def test_standardized_states_are_clipped():
+    space = spaces.Dict({"state": spaces.Box(-np.inf, np.inf, (3,))})
+    encoder = make_agent(obs=space, standardize="yes").world_model.encoder
+    close(encoder.preprocess("state", tensor([[1e6, 0, -1e6]])), [[10.0, 0, -10.0]])
 
 
 @pytest.mark.parametrize("space", [CONTINUOUS, DISCRETE])
@@ -810,6 +918,26 @@ def test_replay_loads_what_it_saved_except_damaged_episodes(tmp_path, capsys):
     assert "its state has the shape (10, 3)" in output
 
 
+def test_new_episodes_of_a_resumed_run_do_not_replace_old_ones(tmp_path):
+    replay = filled([10] * 6, capacity=40)
+    loaded = Replay(40)
+    loaded.load(tmp_path, replay.save(tmp_path))
+    add_steps(loaded, 9, 10)
+    assert list(loaded.episodes) == [3, 4, 5, 6]
+
+
+def test_an_episode_that_was_saved_while_it_ran_is_saved_again_and_cut_to_its_checkpoint(tmp_path):
+    replay = Replay(100)
+    add_steps(replay, 0, 3, finished=False)
+    first = replay.save(tmp_path)
+    add_steps(replay, 0, 4)
+    second = replay.save(tmp_path)
+    for lengths, size in ((second, 7), (first, 3)):  # or the program ended before the checkpoint
+        loaded = Replay(100)
+        loaded.load(tmp_path, lengths, {"reward": np.zeros(1)})
+        assert len(loaded.episodes[0]["state"]) == loaded.steps == size
+
+
 # ---- Environments ---------------------------------------------------------------------------
 
 
@@ -853,6 +981,29 @@ def test_fast_rendering_changes_images_little():
         config = Config(task="dmc_walker_walk", render_quality=quality)
         images.append(director.make_env(config.task, config).reset(seed=0)[0]["image"])
     assert 0 < np.abs(np.subtract(*np.float32(images))).mean() < 10
+
+
+@needs_rendering
+@pytest.mark.parametrize(("task", "camera"), [("walker_walk", 0), ("quadruped_walk", 2)])
+def test_images_of_dm_control_are_those_of_its_camera(task, camera):
+    env = DMControl(task)
+    image = env.reset(seed=0)[0]["image"]
+    assert np.array_equal(image, env.env.physics.render(64, 64, camera_id=camera))
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_a_dm_control_episode_terminates_only_with_a_discount_of_zero(discount):
+    env = DMControl("cartpole_balance", "state")
+    env.reset(seed=0)
+    last = env.env.step(np.zeros(1))._replace(step_type=dm_env.StepType.LAST, discount=discount)
+    env.env.step = lambda action: last
+    assert env.step(np.zeros(1))[2:4] == (discount == 0, discount == 1)
+
+
+def test_large_pictures_are_averaged():
+    checkers = np.uint8(255 * (np.indices((128, 128)).sum(0) % 2))
+    image = resize("", spaces.Box(0, 255, (128, 128), np.uint8), checkers)
+    assert np.abs(image.astype(int) - 127).max() <= 1
 
 
 @pytest.mark.slow
@@ -899,19 +1050,17 @@ class Counter(gymnasium.Env):
         return obs, self.time / 10, end and terminates, end and not terminates, {}
 
 
-VECTORS = [SyncVectorEnv, functools.partial(AsyncVectorEnv, context="fork")]
-
-
-@pytest.mark.parametrize("vector", VECTORS, ids=["sync", "async"])
-def test_every_step_arrives_in_replay_once_with_its_action_reward_and_flags(vector):
-    driver = Driver(vector([Counter] * 3, autoreset_mode=AutoresetMode.NEXT_STEP), seed=0)
+@pytest.mark.parametrize("processes", [False, True])
+def test_every_step_arrives_in_replay_once_with_its_action_reward_and_flags(processes):
     replay, ends = Replay(10**6), []
-    replay.add(driver.rows)
-    for _ in range(60):
-        driver.step(driver.random_action() * 1.5)
+    with envs.vector.side_by_side([Counter] * 3, processes) as vector:
+        driver = Driver(vector, seed=0)
         replay.add(driver.rows)
-        ends += [(driver.length[e], driver.score[e]) for e in range(3) if driver.rows["is_last"][e]]
-    driver.envs.close()
+        for _ in range(60):
+            driver.step(driver.random_action() * 1.5)
+            replay.add(driver.rows)
+            ends += [(driver.length[e], driver.score[e])
+                     for e in range(3) if driver.rows["is_last"][e]]
     assert len(replay.episodes) == len(ends) > 20
     assert replay.steps == 3 * 61
     for episode, (length, score) in zip(replay.episodes.values(), ends, strict=True):
@@ -991,6 +1140,57 @@ def test_equal_seeds_give_equal_metrics_and_others_do_not(tmp_path):
     assert results[0] == results[1] != results[2]
 
 
+def test_all_draws_depend_on_the_seed_and_on_the_step_at_which_a_run_starts():
+    draws = []
+    for seed, step in ((0, 0), (0, 0), (0, 160), (1, 0)):
+        run = types.SimpleNamespace(config=Config(seed=seed), step=step, replay=Replay(9))
+        draws.append((director.Run.reseed(run), int(run.replay.rng.integers(2**40)),
+                      int(torch.randint(2**40, ()))))
+    assert draws[0] == draws[1]
+    assert all(len(set(column)) == 3 for column in zip(*draws, strict=True))
+
+
+def test_environments_have_other_seeds_in_another_run_and_after_a_resume(tmp_path, monkeypatch):
+    seeds = []
+
+    class Recorded(Driver):
+        def __init__(self, vector, seed):
+            seeds.append(seed)
+            super().__init__(vector, seed)
+
+    monkeypatch.setattr(director, "Driver", Recorded)
+    for seed, steps in ((0, 60), (0, 80), (1, 60)):
+        assert director.main([*RUN, f"--seed={seed}", f"--steps={steps}",
+                              f"--logdir={tmp_path}/{seed}"]) == 0
+    assert len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize(("amount", "every"), [(2, 8), (4, 6), (4, 1), (3, 10)])
+def test_each_multiple_of_a_period_is_due_once(amount, every):
+    run = types.SimpleNamespace(config=Config(envs=amount), step=0)
+    total = 0
+    for run.step in range(amount, 121, amount):
+        total += director.Run.times_due(run, every)
+        assert total == run.step // every
+
+
+def test_a_run_and_an_evaluation_hand_the_policy_its_last_state(tmp_path, monkeypatch):
+    calls, policy = [], Director.policy
+
+    def record(self, obs, state=None, mode="train"):
+        action, new = policy(self, obs, state, mode)
+        calls.append((mode, state, new))
+        return action, new
+
+    monkeypatch.setattr(Director, "policy", record)
+    flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", f"--logdir={tmp_path}"]
+    for mode, more in (("train", "--steps=120"), ("eval", "--eval=1")):
+        calls.clear()
+        assert director.main([*flags, more]) == 0
+        assert len(calls) > 9 and {call[0] for call in calls} == {mode} and calls[0][1] is None
+        assert all(after[1] is before[2] for before, after in itertools.pairwise(calls))
+
+
 @pytest.mark.parametrize("task", ["pinpad_three", "gym_Pendulum-v1"])
 @pytest.mark.parametrize(("random", "first_choice"), [(160, 160), (0, 100)])
 def test_random_actions_last_until_the_flag_while_training_starts_after_prefill(
@@ -1023,6 +1223,18 @@ def test_reports_print_the_returns_since_the_last_one_and_metrics_keep_each(tmp_
         assert int(count) == len(scores)
         close([float(low), float(high), float(mean)],
               [min(scores), max(scores), np.mean(scores)], atol=0.051)
+
+
+def test_reported_metrics_are_means_since_the_last_report(tmp_path, monkeypatch):
+    def count(self, batch):
+        self.grad_steps += 1
+        return {"model_loss": torch.tensor(float(self.grad_steps))}
+
+    monkeypatch.setattr(Director, "train_step", count)
+    assert director.main([*RUN, "--steps=200", f"--logdir={tmp_path}"]) == 0
+    means = [line["train/model_loss"] for line in read_metrics(tmp_path)
+             if "train/model_loss" in line]
+    assert means == [3.5, 10.0]  # of gradient steps 1 to 6, and 7 to 13
 
 
 def test_repeated_actions_are_one_step_and_frames_are_logged(tmp_path):
@@ -1253,10 +1465,18 @@ def test_a_mistake_in_a_subclass_is_shown_with_its_traceback_not_as_a_damaged_fi
             director.main(["--eval=1", f"--logdir={tmp_path}"], agent)
 
 
-def test_a_program_evaluates_with_the_settings_of_the_run(tmp_path):
-    flags = [*RUN, "--task=gym_CartPole-v1", "--steps=150", f"--logdir={tmp_path}"]
-    assert director.main(flags) == 0
+def test_a_program_evaluates_with_the_settings_of_the_run(tmp_path, monkeypatch):
+    configs, vector_envs = [], director.vector_envs
+
+    def record(config, amount):
+        configs.append(config)
+        return vector_envs(config, amount)
+
+    monkeypatch.setattr(director, "vector_envs", record)
+    flags = [*RUN, "--task=gym_CartPole-v1", "--action_repeat=3", "--steps=150"]
+    assert director.main([*flags, f"--logdir={tmp_path}"]) == 0
     scores = director.evaluate(Config(logdir=str(tmp_path), eval=2))
+    assert configs[1].task == "gym_CartPole-v1" and configs[1].action_repeat == 3
     assert len(scores) == 2 and json.loads((tmp_path / "eval.json").read_text())["scores"] == scores
 
 
