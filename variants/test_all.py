@@ -1,5 +1,6 @@
 """What holds for every variant: it learns, acts, saves, resumes, evaluates and draws."""
 
+import copy
 import json
 import re
 import subprocess
@@ -20,7 +21,9 @@ from conftest import (
     make_variant,
     random_batch,
     read_metrics,
+    replayed,
     short_name,
+    starts_at,
 )
 from variants import (
     diayn,
@@ -202,3 +205,39 @@ def test_pairs_are_those_within_an_episode():
     for k in (1, 4):
         for row, found in zip(is_first, same_episode(is_first, k), strict=True):
             assert found.tolist() == [not row[t + 1 : t + k + 1].any() for t in range(20 - k)]
+
+
+@pytest.mark.parametrize(("agent", "flags"), [
+    (director.Director, {}), (feudal.Agent, {}), (feudal.Agent, {"feudal_reward": "dot"}),
+    (higl.Agent, {}), (diayn.Agent, {}), (hac.Agent, {}), (hdreamer.Agent, {}),
+    (gaussian.Agent, {}), (dreamer_v3.Agent, {})], ids=short_name)
+def test_a_continuous_worker_is_led_by_the_gradient_of_its_reward(agent, flags):
+    agent = make_variant(agent, CONTINUOUS, **flags)
+    traj = agent.imagine(starts_at(torch.randn(4, 16), torch.randn(4, agent.sizes["stoch"])))
+    gradient, = torch.autograd.grad(traj["reward_goal"].sum(), [agent.worker.actor.out.weight])
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("agent", [
+    feudal.Agent, higl.Agent, diayn.Agent, disagreement.Agent, hindsight.Agent, hdreamer.Agent,
+    gaussian.Agent, dyna_q.Agent, options.Agent, hac.Agent], ids=short_name)
+def test_a_restored_agent_makes_the_train_step_that_the_saved_one_makes(agent):
+    batch = random_batch(np.random.default_rng(0), 2, 12, True, 5)
+    agents = [make_variant(agent, slow_every=2), make_variant(agent, slow_every=2)]
+    for _ in range(3):  # the slow networks are copied in steps 1 and 3
+        agents[0].train_step(batch)
+    agents[1].restore(copy.deepcopy({
+        "agent": agents[0].state_dict(), "grad_steps": 3, "variant": director.agent_name(agent),
+        "optimizers": {key: x.state_dict() for key, x in agents[0].optimizers.items()}}))
+    found = []
+    for each in agents:
+        torch.manual_seed(0)
+        found.append(each.train_step(batch))
+    for key, value in found[0].items():
+        close(found[1][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("agent", [feudal.Agent, higl.Agent], ids=short_name)
+def test_goal_pairs_is_the_fraction_of_pairs_within_an_episode(agent):
+    agent = make_variant(agent, goal_duration=4)
+    close(agent.train_goals(replayed(agent))["goal_pairs"], 20 / 24)

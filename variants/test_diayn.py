@@ -81,3 +81,9 @@ def test_skills_become_recognisable_in_a_fixed_world_model():
         found.append(float(metrics["skill_right"]))
         assert (metrics["goal_reward_last"] > metrics["goal_reward_other"] + 0.2) == paid
     assert found[0] > 0.5 and found[1] < 0.4, found
+
+
+def test_the_manager_of_skills_is_rewarded_for_the_task_and_the_worker_for_skills():
+    agent = make_variant(diayn.Agent, skills_for="task")
+    assert dict(agent.manager.rewards) == {"extr": 1.0}
+    assert dict(agent.worker.rewards) == {"goal": 1.0}

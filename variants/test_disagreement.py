@@ -77,3 +77,12 @@ def test_only_the_flat_agent_is_led_by_the_gradient_of_disagreement():
         traj = agent.imagine(starts_at(*torch.randn(2, 4, 16)))
         assert traj["reward_expl"].requires_grad == flat
         assert dict(agent.worker.rewards) == ({"extr": 1.0, "expl": 0.1} if flat else {"goal": 1.0})
+
+
+def test_the_flat_agent_has_its_own_weight_of_disagreement_and_the_gradient_of_all_inputs():
+    agent = make_variant(disagreement.Agent, CONTINUOUS, agent="dreamer", worker_expl=0.7)
+    assert dict(agent.worker.rewards) == {"extr": 1.0, "expl": 0.7}
+    traj = {key: torch.randn(4, 3, size, requires_grad=True)
+            for key, size in (("deter", 16), ("stoch", 16), ("action", 3))}
+    for gradient in torch.autograd.grad(agent.reward_expl(traj).sum(), list(traj.values())):
+        assert gradient[:-1].abs().sum() > 0

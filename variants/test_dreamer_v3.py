@@ -262,3 +262,40 @@ def test_the_learning_rate_is_0_4_of_directors_unless_it_is_given():
         {"size": "paper"}, {"size": "xs"}, {"size": "xs", "laprop": "no"},
         {"size": "xs", "learning_rate": 3e-4})]
     close(rates, [4e-5, 1.6e-4, 4e-4, 3e-4])
+
+
+def test_the_mean_of_a_two_hot_prediction_has_its_gradient():
+    logits = (torch.randn(3, 255) - torch.linspace(-4, 4, 255) ** 2).requires_grad_()
+    dist = dreamer_v3.TwoHot(logits)
+    gradient, = torch.autograd.grad(dist.mean.sum(), [logits])
+    probs = logits.softmax(-1)
+    close(gradient, probs * (dist.bins - dist.mean[:, None]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_each_technique_has_its_own_flag(technique):
+    agent = make_variant(dreamer_v3.Agent, **{**NONE, technique: "yes"})
+    model, players = agent.world_model, (agent.manager, agent.worker)
+    norms = [[x for x in part.modules() if isinstance(x, (director.Norm, dreamer_v3.RMSNorm))]
+             for part in (model, agent.goals, *players)]
+    heads = [model.reward_head, *(x for player in players for x in player.critics.values())]
+    found = {
+        "latents": [model.free_bits, model.rssm.unimix > 0],
+        "two_hot": [isinstance(head, dreamer_v3.TwoHotHead) for head in heads],
+        "percentiles": [isinstance(x, dreamer_v3.PercentileScale)
+                        for player in players for x in player.returnnorm.values()]
+        + [isinstance(player.advnorm, nn.Identity) for player in players],
+        "critic_ema": [hasattr(player, "ema_critics") for player in players],
+        "rms_silu": [isinstance(norm, dreamer_v3.RMSNorm) for part in norms for norm in part],
+        "laprop": [isinstance(x, dreamer_v3.LaProp) for x in agent.optimizers.values()]}
+    for name, uses in found.items():
+        assert uses == [name == technique] * len(uses), name
+
+
+def test_samples_of_the_posterior_are_mixed_with_the_uniform_distribution_too():
+    rssm = make_variant(dreamer_v3.Agent, classes=4).world_model.rssm
+    rssm.post_net[-1].weight.data.mul_(1e4)  # without mixing, probabilities are 0 or 1
+    embed = torch.randn(rssm.post_net[0].in_features - 16).expand(20_000, -1)
+    stoch, logits = rssm.posterior(torch.ones(20_000, 16), embed)
+    unlikely = stoch * (logits.flatten(-2) < np.log(0.1))
+    assert 0.006 < float(unlikely.sum(-1).mean().detach()) / 4 < 0.009  # 3/4 of 1%

@@ -165,3 +165,12 @@ def test_hac_metrics_compare_the_reward_for_own_and_for_exchanged_goals_of_the_t
     other = [director.max_cosine(traj["deter"][t].roll(2, 0), traj["deter"][t]) for t in (4, 8)]
     close(metrics["reach_other"], torch.stack(other).mean())
     assert float(metrics["reach_other"]) < 0.99
+
+
+def test_the_middle_level_reads_the_goal_of_the_top_and_the_top_weighs_novelty():
+    agent = make_variant(hac.Agent, manager_expl=0.3)
+    state = {key: torch.randn(5, 16) for key in ("deter", "stoch", "goal", "top_goal")}
+    first, second = (agent.manager.dist(agent.manager.feat({**state, "top_goal": goal})).probs
+                     for goal in torch.randn(2, 5, 16))
+    assert not torch.allclose(first, second, rtol=1e-3)
+    assert dict(agent.top.rewards) == {"extr": 1.0, "expl": 0.3}

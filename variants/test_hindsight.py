@@ -195,3 +195,11 @@ def test_hindsight_teaches_the_way_to_goals_that_are_never_rewarded_without_it(o
             here = (here + moves[agent.worker.dist(feat).mode.argmax(-1)]).clamp(0, 7)
         reached.append(float((here == goal).float().mean()))
     assert reached[0] > 0.5 and reached[1] < 0.25, reached
+
+
+def test_the_manager_above_a_worker_in_hindsight_learns_directors_trajectory():
+    agent = make_variant(hindsight.Agent, horizon=8, goal_duration=4)
+    traj = agent.imagine(starts_at(*torch.randn(2, 3, 16)))
+    found = agent.player_trajectories(traj)["manager"]
+    for key, value in director.abstract_trajectory(traj, 4).items():
+        close(found[key], value)

@@ -185,3 +185,35 @@ def test_gaussian_draws_reparameterised_numbers_and_has_a_balanced_kl():
         grad, = torch.autograd.grad(loss.sum(), states[key], retain_graph=True)
         full, = torch.autograd.grad(whole.sum(), states[key], retain_graph=True)
         close(grad, scale * model.kl_adapt.scale * full, atol=1e-5)
+
+
+def test_gradients_of_hdreamer_lead_through_the_samples_of_both_levels():
+    rssm = make_variant(hdreamer.Agent, bottom_stoch=3, bottom_classes=5).world_model.rssm
+    rssm.correction[-1].weight.data.normal_()
+    deter, embed = torch.randn(7, 16), torch.randn(7, rssm.correction[0].in_features - 32)
+    direction = torch.randn(7, 15)
+    prior, fine, correction = (
+        net[-1].weight for net in (rssm.prior_net, rssm.fine_net, rssm.correction))
+
+    def reaches(value, *inputs):
+        found = torch.autograd.grad((value * direction).sum(), inputs, allow_unused=True)
+        return all(x is not None and x.abs().sum() > 0 for x in found)
+
+    assert reaches(rssm.posterior(deter, embed)[0][:, 16:], fine, correction)
+    assert reaches(rssm.predict_stoch(deter)[:, 16:], prior, fine)
+    stoch = torch.randn(7, 31, requires_grad=True)
+    assert reaches(rssm.prior(deter, stoch)[:, 16:], stoch)
+
+
+def test_gaussian_noise_is_independent_and_imagined_samples_have_the_gradient_of_mean_and_std():
+    rssm = make_variant(gaussian.Agent).world_model.rssm
+    deter = torch.randn(500, 16, requires_grad=True)
+    embed = torch.randn(500, rssm.post_net[0].in_features - 16)
+    stoch, params = rssm.posterior(deter, embed)
+    for sample, (mean, std) in ((rssm.predict_stoch(deter), rssm.prior(deter).unbind(-1)),
+                                (stoch, params.unbind(-1))):
+        noise = ((sample - mean) / std).detach()
+        close(noise.T.corrcoef(), np.eye(16), rtol=0, atol=0.2)
+        found, wanted = (torch.autograd.grad(x.sum(), [deter], retain_graph=True)[0]
+                         for x in (sample, mean + std * noise))
+        close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -493,3 +493,48 @@ def test_without_an_option_that_can_start_there_is_one_clear_error(capsys, tmp_p
     agent = make_variant(Nowhere, DISCRETE, GRID, options=1)  # a learned one starts everywhere
     chosen = agent.choose(in_columns(agent, [0, 5]), np.zeros(2))
     close(chosen["pi"], [[1, 0], [1, 0]])
+
+
+def test_what_an_option_is_worth_where_it_cannot_start_does_not_matter():
+    found = []
+    for worth in (0, 100):
+        agent, losses = make_variant(Walls, DISCRETE, GRID, options=1), []
+        agent.world_model.rssm.img_step = lambda deter, stoch, action: (deter, stoch)
+        traj = agent.imagine(in_columns(agent, [0, 5]))
+        assert (traj["pi"] == 0).any(-1).all()
+
+        def values(state, pi, worth=worth):
+            q = pi + worth * (pi == 0)
+            return q, (pi * q).sum(-1)
+
+        agent.worker.values = values
+        for name in ("beta", "pi"):
+            agent.worker.optimizers[name].minimize = lambda loss, losses=losses: (
+                losses.append(loss.detach()) or torch.zeros(()))
+        agent.worker.learn(traj, copy_slow=False)
+        found.append(torch.stack(losses))
+    close(*found)
+
+
+def test_a_pick_of_probability_0_becomes_the_likeliest_option(monkeypatch):
+    agent = make_variant(Walls, DISCRETE, GRID, options=0)
+    monkeypatch.setattr(director.OneHot, "rsample", lambda dist: torch.eye(2)[[0]])
+    assert agent.choose(in_columns(agent, [5]), np.zeros(1))["option"].tolist() == [[0, 1]]
+
+
+def test_the_metric_of_option_lengths_leaves_out_the_pick_in_the_first_state():
+    agent = make_variant(options.Agent)
+    traj = agent.imagine(starts_at(*torch.randn(2, 6, 16)))
+    metrics = agent.worker.learn(traj, copy_slow=False)
+    close(metrics["option_length"], 1 / traj["beta"][1:].mean())
+
+
+def test_the_entropy_of_steps_by_hand_has_no_gradient():
+    agent = make_variant(Walls, DISCRETE, GRID, options=1)
+    traj = agent.imagine(in_columns(agent, [1, 2, 3, 4]))
+    traj["option"][:] = torch.eye(3)[[0, 0, 1, 2]]
+    entropy = agent.worker.dist(agent.worker.feat(traj)).entropy()
+    weight = agent.worker.actor.out.weight
+    by_hand, = torch.autograd.grad(entropy[:, 2:].sum(), [weight], retain_graph=True)
+    learned, = torch.autograd.grad(entropy[:, :2].sum(), [weight])
+    assert not by_hand.any() and learned.any()

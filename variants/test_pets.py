@@ -137,3 +137,12 @@ def test_it_plays_what_disagreement_trained_and_leaves_it_as_it_is(tmp_path, cap
     assert director.main([*flags, "--members=4"], pets.Agent) == 2
     assert "holds a run with --members 3" in capsys.readouterr().err
     assert director.main(flags, planner.Agent) == 2
+
+
+def test_stochastic_states_are_samples_also_if_members_predict_deter():
+    agent = make_variant(pets.Agent, members=2, disagreement_target="deter")
+    deter, stoch = agent.imagine_step(
+        torch.zeros(8000, 16), torch.zeros(8000, 16), torch.zeros(8000, 5))
+    for part in (slice(0, 4000), slice(4000, 8000)):  # of both members
+        dist = director.OneHot(agent.world_model.rssm.prior(deter[part][0]))
+        close(stoch[part].mean(0).view(4, 4), dist.probs, rtol=0, atol=0.04)

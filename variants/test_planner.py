@@ -182,3 +182,50 @@ def test_search_finds_the_action_that_the_model_rewards(way):
     agent.config.planner = "none"
     found = torch.cat([agent.policy(obs, mode="eval")[0] for _ in range(5)]).argmax(-1)
     assert (found != 2).any()
+
+
+def test_each_sequence_starts_from_the_state_of_its_own_environment():
+    agent = make_variant(planner.Agent)
+    agent.imagine_move = lambda state, move: (
+        state, 10 * state["deter"][:, 0] + move[:, 0], torch.ones(len(move)))
+    agent.value = lambda state: 0.0
+    deter = tensor([[1], [2]]).expand(2, 16)
+    moves = torch.arange(6.0).view(1, 2, 3, 1).expand(1, 2, 3, 5)
+    score = agent.score({"deter": deter, "stoch": deter}, moves)
+    close(score, [[10, 11, 12], [23, 24, 25]])
+
+
+def test_the_first_move_of_the_best_sequence_is_made(monkeypatch):
+    agent = make_variant(planner.Agent)
+    elite = torch.arange(60.0).view(3, 2, 2, 5)  # [L, E, elites, A]
+    monkeypatch.setattr(planner, "cross_entropy", lambda *args: elite)
+    zeros = torch.zeros(2, 16)
+    close(agent.search({"deter": zeros, "stoch": zeros}), elite[0, :, 0])
+
+
+def test_the_cross_entropy_method_tries_no_moves_outside_of_the_action_space():
+    found = []
+
+    def score(moves):  # the larger the better
+        found.append(moves.abs().max())
+        return moves.sum((0, -1))
+
+    best = search.cross_entropy(score, torch.zeros(2, 1, 1), False, 50, 4)
+    assert max(found) <= 1
+    close(best[:, 0, 0], np.ones((2, 1)))
+
+
+def test_a_node_of_the_tree_has_the_prior_of_its_own_state():
+    tried = []
+
+    def options(state):
+        prior = [0.1, 0.9] if state["deter"].any() else [0.6, 0.4]
+        return torch.eye(2)[None], tensor([prior])
+
+    def imagine(state, move):
+        tried.append((int(state["deter"]), int(move.argmax())))
+        return {**state, "deter": state["deter"] + 1}, torch.zeros(1), torch.ones(1)
+
+    root = {"deter": torch.zeros(1, 1), "stoch": torch.zeros(1, 1)}
+    search.tree_search(root, options, imagine, lambda state: torch.zeros(1), 3)
+    assert tried == [(0, 0), (0, 1), (1, 1)]

@@ -151,3 +151,11 @@ def test_a_run_hands_errors_to_its_replay_and_starts_anew_when_it_resumes(tmp_pa
         size = runs[-1].config.batch_size * 10
         assert 0 < visits <= trained * size and visits % size == 0
     assert len(runs) == 2
+
+
+def test_each_number_of_the_priority_has_its_own_flag():
+    replay = prioritized_replay(3)
+    config = replay.agent.config
+    config.priority_c, config.priority_beta, config.priority_alpha = 100, 0.5, 0.3
+    hand_back(replay, [[0, 1], [0, 1], [0, 2]], [7.0, 7.0, 2.0])
+    close(replay.priority[0][1:], [25 + 7.01**0.3, 50 + 2.01**0.3])
