@@ -54,7 +54,7 @@ class Config(director.Config):
         super().__post_init__()
         if self.planner == "codes" and self.agent == "dreamer":
             raise director.UserError("--planner codes: a flat agent has none; use actions or mcts")
-        unread = {"none": ("plan_length", "candidates", "rounds", "simulations", "tried"),
+        unread = {"none": (),  # the actors of a run that was trained with any of them
                   "actions": ("simulations", "tried"),
                   "codes": ("plan_length", "simulations", "tried"),
                   "mcts": ("plan_length", "candidates", "rounds")}
