@@ -596,10 +596,10 @@ def split_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """Reduce a trajectory to the manager's: every k-th state, skills as actions (Section 2.3).
 
-    [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. The reward of a block is the
-    mean over its k steps, each weighted by the product of cont from the first state of the block
-    on. Later entries of cont are the probability to survive the block before; so the cont between
-    two blocks counts twice for the rewards of the second, as in the official program.
+    [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. As in the official program:
+    the reward of a block is the mean over its k steps, each weighted by the product of cont from
+    the first state of the block on; later entries of cont are the probability to survive the block
+    before. So the cont between two blocks counts twice for the rewards of the second.
     """
     alive = traj["cont"][:-1].unflatten(0, (-1, k)).cumprod(1)  # [H/k, k, N]
     abstract = {"action": traj["skill"][::k]}
