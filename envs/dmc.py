@@ -53,7 +53,7 @@ class DMControl(gymnasium.Env):
     """A task of the suite, named "<domain>_<task>".
 
     obs: "pixels" (an image [64, 64, 3] uint8), "state" (the suite's vectors), or "both".
-    quality: "fast" draws without shadows and antialiasing.
+    quality: "fast" draws without shadows and antialiasing. Without shadows, the floor is darker.
     Episodes are truncated after the suite's time limit, usually 1000 steps.
     Raises ImportError, with what to do, if dm_control or OpenGL is missing, or the task unknown.
     """

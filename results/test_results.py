@@ -264,6 +264,11 @@ def test_world_model_shows_what_a_model_explains(tmp_path, capsys, monkeypatch):
         "state, ahead 4", "reward, ahead 8", "state, ahead 8"]
     assert tables[1]["state"] < tables[0]["state"] / 2  # it has learned to reconstruct
     assert tables[0]["reward"] < tables[1]["reward"] <= 1
+    finetuned = program(tmp_path, "--test=4", "--chunks=8", "--finetune=1").splitlines()
+    weighted = program(tmp_path, "--test=4", "--chunks=8", "--finetune=1", "--reward_weight=100")
+    assert finetuned[0] == trained[0] == weighted.splitlines()[0]
+    assert [line.split(":")[0] for line in finetuned] == ["0 gradient steps", "1 gradient steps"]
+    assert len({trained[0][1:], finetuned[1][1:], weighted.splitlines()[1][1:]}) == 3
     with pytest.raises(SystemExit):
         program(tmp_path, "--test=1000")
 

@@ -4,12 +4,13 @@
     python results/world_model.py RUN --train 1600                   a new one, from its episodes
     python results/world_model.py RUN --train 1600 --deter 512       the same with other settings
     python results/world_model.py RUN --train 1600 --kl_weight 0.1   the same with a weaker KL
+    python results/world_model.py RUN --finetune 1200 --reward_weight 100    the trained model,
+                                                    after more gradient steps with another loss
 
-A new model learns from the finished episodes of the run but the last --test ones, without acting.
-It has the run's settings except the given flags, which are those of director.py; --size also sets
-the networks and batches of that size. All models are
-tested on the last --test episodes; the trained one may have learned from these, too. Printed are,
-every 400 gradient steps:
+A model learns from the finished episodes of the run but the last --test ones, without acting. It
+has the run's settings except the given flags, which are those of director.py; for a new one,
+--size also sets the networks and batches of that size. All models are tested on the last --test
+episodes; the trained one may have learned from these, too. Printed are, every 400 gradient steps:
 
     image, state   squared error of reconstructions, summed over an image or a state vector
     kl             nats per step between posterior and prior
@@ -103,36 +104,40 @@ def test_model(agent: director.Director, replay: director.Replay, chunks: int) -
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=pathlib.Path, help="folder of a run of director.py")
-    parser.add_argument("--train", type=int, default=0, help="gradient steps of a new model")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--train", type=int, default=0, help="gradient steps of a new model")
+    steps.add_argument("--finetune", type=int, default=0, help="more steps of the trained one")
     parser.add_argument("--test", type=int, default=12, help="episodes for tests")
     parser.add_argument("--chunks", type=int, default=48, help="test chunks of replay")
     parser.add_argument("--kl_weight", type=float, default=1.0, help="highest weight of the KL")
+    parser.add_argument("--reward_weight", type=float, default=1.0, help="of the reward loss")
     args, flags = parser.parse_known_args(argv)
     try:
         flags = director.parse_args(flags, director.Config)
-        agent = director.load(args.run)
+        agent = director.load(args.run, **({} if args.train else flags))
         learn, test = load_episodes(args.run, agent, args.test)
+        config = changed(agent.config, flags) if args.train else agent.config
+        torch.manual_seed(config.seed)
+        learn.rng = np.random.default_rng(config.seed)
         if args.train:
-            config = changed(agent.config, flags)
-            torch.manual_seed(config.seed)
             agent = director.Director(agent.obs_space, agent.act_space, config)
-            learn.rng = np.random.default_rng(config.seed)
     except director.UserError as error:
         print(f"world_model.py: {error}", file=sys.stderr)
         return 2
     adapt = agent.world_model.kl_adapt
     adapt.high = min(adapt.high, args.kl_weight)
     adapt.scale.clamp_(max=adapt.high)
-    for step in range(args.train + 1):
-        if step % 400 == 0 or step == args.train:
+    last_step = args.train or args.finetune
+    for step in range(last_step + 1):
+        if step % 400 == 0 or step == last_step:
             results = test_model(agent, test, args.chunks)
             numbers = ", ".join(f"{key}: {value:.4g}" for key, value in results.items())
             print(f"{step} gradient steps: {numbers}", flush=True)
-        if step < args.train:
-            config = agent.config
+        if step < last_step:
             batch = agent.tensors(learn.sample(config.batch_size, config.batch_length))
             with director.autocast(config):
-                loss = agent.world_model.loss(batch)[0]
+                loss, _, metrics = agent.world_model.loss(batch)
+            loss = loss + (args.reward_weight - 1) * metrics["reward_loss"]
             agent.optimizers["world_model"].minimize(loss)
     return 0
 
