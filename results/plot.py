@@ -49,6 +49,9 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "Director": "walker_pixels/director-*",
         "Director, worker also receives the task reward": "walker_pixels/director_worker_extr-*",
         "flat agent": "walker_pixels/flat-*"}),
+    "walker_pixels_repeat": ("Walker walk from pixels, --action_repeat 2", 10_000, {
+        "Director, worker also receives the task reward":
+            "walker_pixels/director_worker_extr_repeat-*"}),
     "cartpole": ("CartPole", 2_000, {
         "Director": "cartpole/director-*", "flat agent": "cartpole/flat-*"}),
     "pendulum": ("Pendulum", 2_000, {
