@@ -102,7 +102,7 @@ class Config:
     size: str = flag("auto", "values of SIZES; auto: paper on a GPU, else xs",
                      ("auto", *SIZES), fixed=True)
     device: str = flag("auto", "device that trains", ("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "auto: bfloat16 if it is native", ("auto", "float32", "bfloat16"))
+    precision: str = flag("auto", "auto: bfloat16 if it is faster", ("auto", "float32", "bfloat16"))
     eager: bool = flag(False, "do not use CUDA graphs on a GPU")
     seed: int = flag(0, "seed of networks, samples and environments", low=0, high=2**32 - 1)
     steps: int = flag(1_000_000, "environment steps of the whole run, prefill included")
@@ -164,7 +164,9 @@ class Config:
                 native = torch.cuda.is_bf16_supported(including_emulation=False)
             else:
                 found = torch.cpu.get_capabilities()
-                native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+                native = found.get("amx_bf16") or found.get("bf16")
+                if "Intel" not in found.get("cpu_name", ""):  # on Intel, only AMX is faster
+                    native = native or found.get("avx512_bf16")
             self.precision = "bfloat16" if native else "float32"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

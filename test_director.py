@@ -89,6 +89,18 @@ def test_the_default_size_is_that_of_the_paper_on_a_gpu_only(monkeypatch):
     assert Config().size == "paper" and Config().device == "cuda"
 
 
+@pytest.mark.parametrize("found, expected", [
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bfloat16"),
+    ({"cpu_name": "AMD EPYC", "avx2": True, "avx512_bf16": False}, "float32"),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "float32"),  # 1.4 times
+    ({"bf16": True}, "bfloat16"),  # ARM
+])
+def test_bfloat16_is_the_default_on_processors_where_it_is_faster(found, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert Config(device="cpu").precision == expected
+
+
 def test_the_flat_agent_accepts_any_horizon():
     assert Config(agent="dreamer", horizon=15).horizon == 15
 
