@@ -18,7 +18,9 @@ From the paper to this file, in its order (`# ---- ` begins a part):
                               act (2.4, eq. 7), imagine, reward_expl (eq. 6), reward_goal (eq. 8),
                               train_step
     Replay                    Replay, of what envs/ makes of environments (make_env, Driver)
-    A run                     load, Run, train, evaluate, main
+    The training loop         train, evaluate
+    A run's folder            load, Run: metrics, checkpoints, signals
+    The command line          main
 
 Symbols in shapes: B replay chunks in a batch, T steps in each; N = BT imagined trajectories, H
 steps in each; K steps for a goal; D deterministic state; SC stochastic state, S groups of C
@@ -29,7 +31,8 @@ and from which `split_trajectory` and `abstract_trajectory` make the worker's an
     key             shape              entry t is
     deter, stoch    [H+1, N, D or SC]  the state at time t; at t = 0 the replayed state
     skill, goal     [H+1, N, GL or D]  the manager's code, and its decoding, during action t
-    action, ent     [H+1, N, A]        the worker's action in state t; its entropy, if it is needed
+    action          [H+1, N, A]        the worker's action in state t
+    ent             [H+1, N, A]        its normalized entropy; only for continuous actions
     cont            [H+1, N]           probability that the episode continues at state t
     reward_<name>   [H, N]             reward for action t, a function of state t+1
 """
@@ -271,17 +274,25 @@ class Symlog:
 
 
 class BoundedNormal(torch.distributions.Normal):
-    """Normal(tanh(mean), std) per dimension, [..., A], std in 0.03..1; samples are not clipped."""
+    """Normal per dimension, [..., A], mean in -1..1, std in 0.03..1; samples are not clipped.
+
+    raw_mean, raw_std: outputs of a network, of any size.
+    """
 
     max_entropy = 0.5 * math.log(2 * math.pi * math.e)  # at std 1
     entropy_range = (max_entropy + math.log(0.03), max_entropy)
 
-    def __init__(self, mean: Tensor, std: Tensor):
-        super().__init__(mean.tanh(), 0.97 * std.sigmoid() + 0.03, validate_args=False)
+    def __init__(self, raw_mean: Tensor, raw_std: Tensor):
+        mean = raw_mean.tanh()
+        std = 0.97 * raw_std.sigmoid() + 0.03
+        super().__init__(mean, std, validate_args=False)
 
 
 def normalized_entropy(dist: OneHot | BoundedNormal) -> Tensor:
-    """Entropy between 0 (least possible) and 1 (most), for each code group or action dimension."""
+    """Entropy between 0 (deterministic) and 1 (the most), for each code group or action dimension.
+
+    For a BoundedNormal, 0 is that of the least standard deviation.
+    """
     low, high = dist.entropy_range
     return (dist.entropy() - low) / (high - low)
 
@@ -295,6 +306,7 @@ def balanced_kl(post_logit: Tensor, prior_logit: Tensor, balance: float) -> Tens
     """
     post = post_logit.log_softmax(-1)
     prior = prior_logit.log_softmax(-1)
+    # F.kl_div(p, q) is KL(q || p).
     prior_loss = F.kl_div(prior, post.detach(), reduction="none", log_target=True)
     post_loss = F.kl_div(prior.detach(), post, reduction="none", log_target=True)
     return (balance * prior_loss + (1 - balance) * post_loss).sum((-2, -1))
@@ -326,7 +338,8 @@ class AutoAdapt(nn.Module):
         below = mean < self.target / 1.1
         grow, shrink = (below, above) if self.inverse else (above, below)
         self.scale.mul_(1.1 ** (grow.float() - shrink.float())).clamp_(self.low, self.high)
-        return self.scale.clone() * (-reg if self.inverse else reg)
+        scale = self.scale.clone()  # since the next update changes it in place
+        return -scale * reg if self.inverse else scale * reg
 
 
 class Normalizer(nn.Module):
@@ -367,12 +380,17 @@ def glorot(layer: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 class Norm(nn.LayerNorm):
-    """Layer norm over the features of [..., C], or over the channels of images [N, C, h, w]."""
+    """Layer norm over the features of [..., C]."""
 
     def forward(self, x: Tensor) -> Tensor:  # float32, as bfloat16 sums its gradients inaccurately
-        if x.ndim == 4:
-            return super().forward(x.movedim(1, -1).float()).to(x.dtype).movedim(-1, 1)
         return super().forward(x.float()).to(x.dtype)
+
+
+class ChannelNorm(Norm):
+    """Layer norm over the channels of images [N, C, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def dense(inputs: int, outputs: int) -> list[nn.Module]:
@@ -414,7 +432,7 @@ def convolutions(kind: type, channels: list[int], kernels: list[int]) -> list[nn
     layers = []
     for i, kernel in enumerate(kernels):
         conv = glorot(kind(channels[i], channels[i + 1], kernel, stride=2, bias=False))
-        layers += [conv, Norm(channels[i + 1], eps=1e-3), nn.ELU()]
+        layers += [conv, ChannelNorm(channels[i + 1], eps=1e-3), nn.ELU()]
     return layers
 
 
@@ -441,7 +459,7 @@ class Encoder(nn.Module):
         outs = []
         if "image" in self.keys:
             image = self.preprocess("image", obs["image"])  # [..., 64, 64, 3]
-            x = image.flatten(0, -4).permute(0, 3, 1, 2)  # [..., 3, 64, 64], channels-last
+            x = image.flatten(0, -4).permute(0, 3, 1, 2)  # [N, 3, 64, 64], channels-last
             x = self.image(x).permute(0, 2, 3, 1)
             outs.append(x.reshape(*image.shape[:-3], -1))
         if "state" in self.keys:
@@ -570,7 +588,10 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -
 
 
 def trajectory_weights(cont: Tensor, discount: float) -> Tensor:
-    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...], first cont[0]."""
+    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...].
+
+    w[0] = cont[0], w[t] = w[t-1] * discount * cont[t].
+    """
     return (discount * cont).cumprod(0) / discount
 
 
@@ -583,6 +604,7 @@ def split_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
         rewards  0 1 2 3 4 5     ->   0 1 2   | 3 4 5     for the actions in these states
         goals    a a a b b b c   ->   a a a a | b b b b   the last state of a segment is valued
                                                           under the goal that was pursued in it
+    Action and skill of a segment's last state belong to the next goal; nothing uses them.
     """
     horizon = len(traj["cont"]) - 1
     assert horizon % k == 0, (horizon, k)
@@ -598,10 +620,10 @@ def split_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """Reduce a trajectory to the manager's: every k-th state, skills as actions (Section 2.3).
 
-    [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. As in the official program:
-    the reward of a block is the mean over its k steps, each weighted by the product of cont from
-    the first state of the block on; later entries of cont are the probability to survive the block
-    before. So the cont between two blocks counts twice for the rewards of the second.
+    [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. As in the official program,
+        reward[b] = mean over i < k of  cont[bk] * ... * cont[bk+i] * reward[bk+i]
+        cont[b]   = cont[(b-1)k+1] * ... * cont[bk],  cont[0] stays
+    so that cont[bk] is a factor of reward[b], and by `trajectory_weights` of its weight, too.
     """
     alive = traj["cont"][:-1].unflatten(0, (-1, k)).cumprod(1)  # [H/k, k, N]
     abstract = {"action": traj["skill"][::k]}
@@ -645,7 +667,7 @@ class Optimizer(torch.optim.AdamW):
 class WorldModel(nn.Module):
     """Learns to encode observations and to predict what follows (paper, Section 2.1)."""
 
-    RSSM = RSSM
+    RSSM = RSSM  # a subclass may replace it
 
     def __init__(self, obs_space: spaces.Dict, action_size: int, config: Config):
         super().__init__()
@@ -681,20 +703,22 @@ class WorldModel(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict, dict]:
         """Paper, eq. 2, on chunks [B, T, ...]: loss, states [B, T, ...], metrics."""
+        targets = {key: self.encoder.preprocess(key, batch[key], update=True)
+                   for key in self.encoder.keys}
         states = self.observe(batch)
         feat = torch.cat([states["deter"], states["stoch"]], -1)  # [B, T, F]
         losses = {}  # each [B, T]
         for key, mean in self.decoder(feat).items():
-            target = self.encoder.preprocess(key, batch[key], update=True)
-            losses[key] = ((mean - target) ** 2).flatten(2).sum(-1)
+            losses[key] = ((mean - targets[key]) ** 2).flatten(2).sum(-1)
         losses["reward"] = self.reward_head(feat).loss(batch["reward"])
         losses["cont"] = F.binary_cross_entropy_with_logits(
             self.cont_head(feat), 1 - batch["is_terminal"].float(), reduction="none")
         losses["kl"], metrics = self.kl_loss(states)
-        losses["model"] = sum(losses.values())
-        states["error"] = losses["model"]
+        total = sum(losses.values())
+        states["error"] = total  # for variants/prioritized.py
         metrics |= {f"{key}_loss": value.mean() for key, value in losses.items()}
-        return metrics["model_loss"], states, metrics
+        metrics["model_loss"] = total.mean()
+        return total.mean(), states, metrics
 
 
 class GoalAutoencoder(nn.Module):
@@ -783,18 +807,18 @@ class ActorCritic(nn.Module):
     def learn(self, traj: dict[str, Tensor], copy_slow: bool) -> dict[str, Tensor]:
         """Train critics, then the actor, on a trajectory [H+1, N, ...]; returns metrics."""
         weight = trajectory_weights(traj["cont"].detach(), self.config.discount)[:-1]  # [H, N]
-        score, metrics = self.train_critics(traj, weight, copy_slow)
-        return metrics | self.train_actor(traj, weight, score)
+        advantage, metrics = self.train_critics(traj, weight, copy_slow)
+        return metrics | self.train_actor(traj, weight, advantage)
 
     def train_critics(self, traj: dict, weight: Tensor, copy_slow: bool) -> tuple[Tensor, dict]:
-        """Each critic learns its lambda returns; returns the actor's score [H, N] and metrics."""
+        """Each critic learns its lambda returns; returns advantages [H, N] and metrics."""
         feat = self.feat(traj)  # [H+1, N, F]
         states = feat[:-1].detach()  # [H, N, F]
-        score = 0.0
+        total = 0.0
         metrics = {}
         for name, critic in self.critics.items():
             with autocast(self.config):
-                ret, value = self.returns(name, feat, traj)
+                ret, baseline = self.returns(name, feat, traj)
                 pred = critic(states)
                 loss = self.critic_loss(name, pred, states, ret.detach())
             loss = (loss * weight).mean()
@@ -802,28 +826,31 @@ class ActorCritic(nn.Module):
             metrics |= {f"{name}_critic_loss": loss, f"{name}_critic_grad_norm": norm,
                         f"{name}_reward": traj[f"reward_{name}"].mean(),
                         f"{name}_return": ret.mean(), f"{name}_value": pred.mean.mean()}
-            if copy_slow:  # the official program, too, copies before it scores the actor
+            if copy_slow:  # as in the official program, before the actor's advantages
                 self.slow[name].load_state_dict(critic.state_dict())
                 with autocast(self.config):
-                    ret, value = self.returns(name, feat, traj)
-            advantage = self.returnnorm[name](ret) - self.returnnorm[name](value, update=False)
-            metrics[f"{name}_score"] = advantage.mean()
-            score = score + self.rewards[name] * advantage
-        return self.advnorm(score), metrics
+                    ret, baseline = self.returns(name, feat, traj)
+            # The baseline is not detached, as in the official program: where returns are
+            # back-propagated, actions get a gradient from the values of later states, too.
+            normalize = self.returnnorm[name]
+            advantage = normalize(ret) - normalize(baseline, update=False)
+            metrics[f"{name}_advantage"] = advantage.mean()
+            total = total + self.rewards[name] * advantage
+        return self.advnorm(total), metrics
 
-    def train_actor(self, traj: dict, weight: Tensor, score: Tensor) -> dict[str, Tensor]:
-        """The actor learns to raise the score [H, N] and keeps its entropy; returns metrics."""
+    def train_actor(self, traj: dict, weight: Tensor, advantage: Tensor) -> dict[str, Tensor]:
+        """The actor learns by advantages [H, N], and keeps its entropy; returns metrics."""
         if self.reinforce:
             with autocast(self.config):
                 dist = self.dist(self.feat(traj)[:-1].detach())
             action = traj["action"][:-1].detach().unflatten(-1, self.action_shape)
-            log_prob = dist.log_prob(action).reshape(*score.shape, -1).sum(-1)  # [H, N]
-            loss = -log_prob * score.detach()
+            log_prob = dist.log_prob(action).reshape(*weight.shape, -1).sum(-1)  # [H, N]
+            loss = -log_prob * advantage.detach()
             entropy = normalized_entropy(dist)
         else:  # back-propagation through the imagined dynamics
-            loss = -score
+            loss = -advantage
             entropy = traj["ent"][:-1]
-        bonus = self.ent_adapt(entropy).reshape(*score.shape, -1).sum(-1)  # [H, N]
+        bonus = self.ent_adapt(entropy).reshape(*weight.shape, -1).sum(-1)  # [H, N]
         loss = ((loss + bonus) * weight).mean()
         norm = self.optimizers["actor"].minimize(loss)
         return {"actor_loss": loss, "actor_grad_norm": norm, "ent": entropy.mean(),
@@ -835,10 +862,13 @@ class Director(nn.Module):
     """World model, goal autoencoder, manager and worker.
 
     With `--agent dreamer`, the paper's flat baseline, a worker alone learns from the task reward.
-    A variant is a subclass; `compatible_variants` names others whose checkpoints it loads.
+    A variant is a subclass. compatible_variants: names of others whose checkpoints it loads.
     """
 
-    Config, WorldModel, Goals = Config, WorldModel, GoalAutoencoder  # and Replay, Run, at the end
+    # Classes that a subclass may replace by its own; Replay and Run are set at the end.
+    Config = Config
+    WorldModel = WorldModel
+    Goals = GoalAutoencoder
     compatible_variants = ()
 
     def __init__(self, obs_space: spaces.Dict, act_space: spaces.Space, config: Config):
@@ -959,9 +989,10 @@ class Director(nn.Module):
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Act in the world model from N states for H steps: a trajectory (see the top).
 
-        starts: deter, stoch, is_terminal, [N, ...]; other keys, such as a goal, are kept instead of
-        the manager's choice. Gradients are recorded only for a worker that needs them. Actors read
-        detached states: a return depends on earlier actions through the dynamics alone.
+        starts: deter, stoch, is_terminal, [N, ...]. If it has a goal or skill, too, that is kept
+        in the whole trajectory, and the manager's is not used. Gradients are recorded only for a
+        worker that learns by them. They flow through the world model's states and the actions, not
+        into what the actors read, which is detached.
         """
         model = self.world_model
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
@@ -1076,7 +1107,8 @@ class Replay:
 
     A step holds image and state, the action that led there (zeros in the first step), its reward,
     is_first, is_last and is_terminal. The last step of an episode has is_last, and is_terminal
-    unless a time limit has cut the episode.
+    unless a time limit has cut the episode. Episodes that were running when a run stopped are kept
+    as they are, without is_last.
     """
 
     def __init__(self, capacity: int, seed: int = 0):
@@ -1087,7 +1119,7 @@ class Replay:
         self.names = itertools.count()
         self.steps = 0  # in all episodes
         self.lengths_on_disk = {}  # {name: length}
-        self.left_out = set()  # names of files that could not be used; they stay on disk
+        self.left_out = {}  # {name: length} of files that cannot be used; they stay on disk
 
     def add(self, rows: dict[str, np.ndarray]):
         """Add one step of each environment, arrays [E, ...]."""
@@ -1129,7 +1161,7 @@ class Replay:
         return {key: x.reshape(batch_size, length, *x.shape[1:]) for key, x in rows.items()}
 
     def save(self, folder: pathlib.Path) -> dict[int, int]:
-        """Write the episodes that are new or longer than on disk; returns the lengths of all."""
+        """Write the episodes that are new or longer than on disk; returns all files' lengths."""
         episodes = dict(self.episodes)
         for name, episode in self.running.values():
             episodes[name] = episode
@@ -1140,7 +1172,7 @@ class Replay:
                 np.savez_compressed(buffer, **episode)
                 write_file(folder / f"{name}.npz", buffer, run_id=folder.name)
         self.lengths_on_disk = lengths
-        return lengths
+        return {**self.left_out, **lengths}
 
     def load(self, folder: pathlib.Path, lengths: dict[int, int], rows=None, skip_missing=False):
         """Read what `save` wrote; UserError if files are missing, unless skip_missing.
@@ -1163,7 +1195,8 @@ class Replay:
                 self.episodes[name] = episode
             except Exception as error:  # noqa: BLE001, a damaged file can raise anything
                 print(f"Continuing without {paths[name]}, which cannot be used: {error}")
-                self.left_out.add(name)
+                if paths[name].exists():
+                    self.left_out[name] = length
         if lengths and not self.episodes and not skip_missing:
             raise UserError(f"{folder}: no replay file can be used")
         self.lengths_on_disk = {
@@ -1172,7 +1205,107 @@ class Replay:
         self.steps = sum(self.lengths_on_disk.values())
 
 
-# ---- A run ----------------------------------------------------------------------------------
+# ---- The training loop ----------------------------------------------------------------------
+def train(config: Config, agent: type = Director) -> int:
+    """Train until `config.steps` or a signal; returns the exit code, 0 or 128 + that signal.
+
+    `Run`, below, keeps what belongs to the folder: metrics, pictures, checkpoints, signals.
+    """
+    torch.manual_seed(config.seed)
+    config.render_quality = choose_quality(config, read_settings(run_folder(config, agent)))
+    print(f"Starting {config.envs} environments of {config.task}", flush=True)
+    with vector_envs(config, config.envs) as envs:
+        run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
+        env_seed = run.reseed()
+        driver = Driver(envs, env_seed)
+        if run.step:
+            run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
+                            config.skip_missing)
+        run.open()
+        try:
+            state = None  # of the policy
+            train_step = run.agent.train_step
+            if config.device == "cuda" and agent is Director and not config.eager:
+                from variants.graph import Graphed
+                train_step = Graphed(run.agent)  # recorded as CUDA graphs, five times as fast
+            random_until = max(config.prefill, config.random)
+            if run.step < random_until:
+                print(f"Actions are random until step {random_until}, training starts at step "
+                      f"{config.prefill}.", flush=True)
+            if run.step >= config.steps:
+                print(f"Step {config.steps} was reached; for more, raise --steps.", flush=True)
+            while run.should_continue():
+                run.record(driver)  # what the last actions led to
+
+                # Learn. An error in here leaves parameters of different steps.
+                run.update_complete = False
+                if run.step > config.prefill:
+                    for _ in range(run.times_due(config.train_every)):
+                        batch = run.replay.sample(config.batch_size, config.batch_length)
+                        run.metrics.append(train_step(batch))
+                run.update_complete = True
+
+                # Report and save.
+                if run.times_due(config.log_every) or run.step >= config.steps:
+                    run.report()
+                video_due = run.step >= run.last_video + config.video_every
+                if video_due and driver.film and driver.rows["is_last"][0]:
+                    run.draw(driver.film)
+                if run.times_due(config.save_every):
+                    run.save()
+
+                # Act.
+                if run.step < random_until:
+                    action = driver.random_action()
+                else:
+                    action, state = run.agent.policy(driver.rows, state)
+                    action = action.cpu().numpy()
+                run.interruptible = True
+                driver.step(action, state)
+                run.interruptible = False
+        except KeyboardInterrupt:
+            if not run.received_signals:
+                raise
+        finally:
+            run.close()
+        if run.received_signals:
+            return 128 + run.received_signals[0]
+        return 0
+
+
+def evaluate(config: Config, agent: type = Director, flags: dict | None = None) -> list[float]:
+    """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores.
+
+    Other settings are those of the run, except `flags`, and device and precision as in `load`.
+    """
+    logdir = run_folder(config, agent)
+    loaded = load(logdir, agent, **(flags or {}))
+    with vector_envs(loaded.config, 1) as envs:
+        refuse_other_spaces(loaded, envs.single_observation_space, envs.single_action_space)
+        torch.manual_seed(loaded.config.seed)
+        driver = Driver(envs, loaded.config.seed)
+        replay = agent.Replay(10_000)
+        scores = []
+        state = None
+        while len(scores) < config.eval:
+            action, state = loaded.policy(driver.rows, state, mode="eval")
+            replay.add(driver.rows)
+            driver.step(action.cpu().numpy(), state)
+            if driver.rows["is_last"][0]:
+                scores.append(float(driver.score[0]))
+                print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
+                      f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
+                if driver.film and len(scores) == 1:
+                    pictures.write(loaded, driver.film, replay.sample(6, 64),
+                                   logdir / "pictures/eval")
+            elif driver.length[0] and driver.length[0] % 1000 == 0:
+                print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
+    result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
+    write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
+    return scores
+
+
+# ---- A run's folder: metrics, checkpoints, signals ------------------------------------------
 # How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which notes the signal and
 # interrupts a step of the environments. Otherwise the loop in `train` finishes its step, since
 # Run.should_continue() is false. Its `finally` calls Run.close(), which saves a checkpoint, also
@@ -1180,9 +1313,13 @@ class Replay:
 # without saving. After an error or a NaN inside a gradient step, update_complete prevents saving.
 
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
-    """The agent trained in a folder, with its settings except these flags; raises UserError."""
+    """The agent trained in a folder, with its settings except these flags; raises UserError.
+
+    Device and precision are those of this machine unless flags name them. (The slash is there
+    because `agent` and `logdir` are flags, too.)
+    """
     path = pathlib.Path(logdir) / "checkpoint.pt"
-    flags = {key: value for key, value in flags.items() if value != "auto"}  # as the run has it
+    flags = {key: value for key, value in flags.items() if value != "auto"}
     saved, arguments = read_run(path, agent, flags)
     loaded = agent(*arguments)  # a mistake in it is not one of the file
     with reading(path):
@@ -1261,7 +1398,7 @@ class Run:
         seeds = np.random.SeedSequence([self.config.seed, self.step, *more]).generate_state(3)
         torch.manual_seed(int(seeds[0]))
         self.replay.rng = np.random.default_rng(seeds[1])
-        return int(seeds[2]) // 2
+        return int(seeds[2]) // 2  # below 2**31: environment i adds i
 
     def save(self):
         """Write new episodes, then the checkpoint that lists all; never after a broken update."""
@@ -1372,98 +1509,12 @@ class Run:
 Director.Replay, Director.Run = Replay, Run
 
 
-def train(config: Config, agent: type = Director) -> int:
-    """Train until `config.steps` or a signal; returns the exit code, 0 or 128 + that signal."""
-    torch.manual_seed(config.seed)
-    config.render_quality = choose_quality(config, read_settings(run_folder(config, agent)))
-    print(f"Starting {config.envs} environments of {config.task}", flush=True)
-    with vector_envs(config, config.envs) as envs:
-        run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
-        env_seed = run.reseed()
-        driver = Driver(envs, env_seed)
-        if run.step:
-            run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
-                            config.skip_missing)
-        run.open()
-        try:
-            state = None  # of the policy
-            train_step = run.agent.train_step
-            if config.device == "cuda" and agent is Director and not config.eager:
-                from variants.graph import Graphed
-                train_step = Graphed(run.agent)  # recorded as CUDA graphs, five times as fast
-            random_until = max(config.prefill, config.random)
-            if run.step < random_until:
-                print(f"Actions are random until step {random_until}, training starts at step "
-                      f"{config.prefill}.", flush=True)
-            if run.step >= config.steps:
-                print(f"Step {config.steps} was reached; for more, raise --steps.", flush=True)
-            while run.should_continue():
-                run.record(driver)  # what the last actions led to
-
-                # Learn. An error in here leaves parameters of different steps.
-                run.update_complete = False
-                if run.step > config.prefill:
-                    for _ in range(run.times_due(config.train_every)):
-                        batch = run.replay.sample(config.batch_size, config.batch_length)
-                        run.metrics.append(train_step(batch))
-                run.update_complete = True
-
-                # Report and save.
-                if run.times_due(config.log_every) or run.step >= config.steps:
-                    run.report()
-                video_due = run.step >= run.last_video + config.video_every
-                if video_due and driver.film and driver.rows["is_last"][0]:
-                    run.draw(driver.film)
-                if run.times_due(config.save_every):
-                    run.save()
-
-                # Act.
-                if run.step < random_until:
-                    action = driver.random_action()
-                else:
-                    action, state = run.agent.policy(driver.rows, state)
-                    action = action.cpu().numpy()
-                run.interruptible = True
-                driver.step(action, state)
-                run.interruptible = False
-        except KeyboardInterrupt:
-            if not run.received_signals:
-                raise
-        finally:
-            run.close()
-        return 128 + run.received_signals[0] if run.received_signals else 0
-
-
-def evaluate(config: Config, agent: type = Director, flags: dict | None = None) -> list[float]:
-    """Play `config.eval` episodes with the agent in the run's folder; writes and returns scores.
-
-    All other settings are those of the run, except `flags`.
-    """
-    logdir = run_folder(config, agent)
-    loaded = load(logdir, agent, **(flags or {}))
-    with vector_envs(loaded.config, 1) as envs:
-        refuse_other_spaces(loaded, envs.single_observation_space, envs.single_action_space)
-        torch.manual_seed(loaded.config.seed)
-        driver = Driver(envs, loaded.config.seed)
-        replay = agent.Replay(10_000)
-        scores = []
-        state = None
-        while len(scores) < config.eval:
-            action, state = loaded.policy(driver.rows, state, mode="eval")
-            replay.add(driver.rows)
-            driver.step(action.cpu().numpy(), state)
-            if driver.rows["is_last"][0]:
-                scores.append(float(driver.score[0]))
-                print(f"episode {len(scores)}: return {scores[-1]:.1f}, mean so far "
-                      f"{np.mean(scores):.1f} +- {np.std(scores):.1f}", flush=True)
-                if driver.film and len(scores) == 1:
-                    pictures.write(loaded, driver.film, replay.sample(6, 64),
-                                   logdir / "pictures/eval")
-            elif driver.length[0] % 1000 == 999:
-                print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
-    result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
-    write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
-    return scores
+# ---- The command line -----------------------------------------------------------------------
+def keep_freed_memory():
+    """Let glibc keep large buffers that were freed (size xs: 1.51 -> 1.09 s per train step)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main(argv: list[str] | None = None, agent: type = Director) -> int:
@@ -1473,10 +1524,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     try:
         flags = parse_args(argv, agent.Config)
         config = agent.Config(**flags)
-        # Large buffers stay with the program (glibc; size xs: 1.51 -> 1.09 s per train step).
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        keep_freed_memory()
         if not config.eval:
             return train(config, agent)
         evaluate(config, agent, flags)

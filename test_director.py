@@ -924,7 +924,7 @@ def test_replay_loads_what_it_saved_except_damaged_episodes(tmp_path, capsys):
     with pytest.raises(director.UserError, match="1 of 4 replay files are missing"):
         loaded.load(tmp_path, lengths, rows)
     loaded.load(tmp_path, lengths, rows, skip_missing=True)
-    assert list(loaded.episodes) == [3] and loaded.left_out == {4, 5, 6}
+    assert list(loaded.episodes) == [3] and loaded.left_out == {4: 10, 5: 10}
     output = capsys.readouterr().out
     assert output.count("Continuing without") == 3
     assert "its state has the shape (10, 3)" in output
@@ -1656,12 +1656,13 @@ def test_replay_files_that_cannot_be_used_stay_on_disk(tmp_path, capsys):
     damaged = sorted(tmp_path.glob("replay/*/*.npz"))[:2]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-9])
-    assert director.main([*flags, "--steps=200"]) == 0
-    assert capsys.readouterr().out.count("Continuing without") == 2
-    assert all(path.exists() for path in damaged)
+    for steps in (200, 250):  # in later resumed runs, too
+        assert director.main([*flags, f"--steps={steps}"]) == 0
+        assert capsys.readouterr().out.count("Continuing without") == 2
+        assert all(path.exists() for path in damaged)
     for path in tmp_path.glob("replay/*/*.npz"):
         path.write_bytes(path.read_bytes()[:-9])
-    assert director.main([*flags, "--steps=250"]) == 2
+    assert director.main([*flags, "--steps=300"]) == 2
     assert "no replay file can be used" in capsys.readouterr().err
 
 

@@ -9,8 +9,6 @@ a batch; a train step and its parts; a matrix product, as a measure of the machi
 median of some repetitions, with the least and the most.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import json
@@ -159,10 +157,7 @@ def main(argv: list[str]) -> int:
     try:
         flags = director.parse_args([x for x in argv if x != "--json"], director.Config)
         config = director.Config(**flags)
-        # As in director.main: glibc shall keep large buffers.
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            for setting in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(*setting)
+        director.keep_freed_memory()
         table = benchmark(config)
     except director.UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)

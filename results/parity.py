@@ -39,7 +39,7 @@ for player, rewards in (("worker", ("goal",)), ("manager", ("extr", "expl"))):
         for key in ("critic_loss", "critic_grad_norm"):
             METRICS[f"{player}_{name}_{key}"] = f"{player}_{name}_{key}"
         for ours, theirs in (("reward", "imag_reward"), ("return", "imag_return"),
-                             ("value", "imag_critic"), ("score", "score")):
+                             ("value", "imag_critic"), ("advantage", "score")):
             METRICS[f"{player}_{name}_{ours}"] = f"{player}_{name}_{theirs}_mean"
 
 
