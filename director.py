@@ -1319,7 +1319,7 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
     because `agent` and `logdir` are flags, too.)
     """
     path = pathlib.Path(logdir) / "checkpoint.pt"
-    flags = {key: value for key, value in flags.items() if value != "auto"}
+    flags = {key: value for key, value in flags.items() if value != "auto"}  # as if not given
     saved, arguments = read_run(path, agent, flags)
     loaded = agent(*arguments)  # a mistake in it is not one of the file
     with reading(path):
