@@ -57,8 +57,9 @@ from variants import (
 FLAGS = [
     "--task=gym_envs.grid:Grid-v0", "--device=cpu", "--precision=float32", "--size=xs",
     "--units=32", "--deter=32", "--hidden=32", "--stoch=4", "--classes=4",
-    "--horizon=8", "--goal_duration=4", "--learning_rate=2e-3", "--prefill=1000",
-    "--train_every=8", "--kl_target=3.5", "--standardize=no"]
+    "--learning_rate=2e-3", "--prefill=1000", "--train_every=8", "--kl_target=3.5",
+    "--standardize=no"]
+TRAJECTORIES = ["--horizon=8", "--goal_duration=4"]  # dyna_q imagines none
 CODES = ["--skill_groups=4", "--skill_classes=4"]  # of agents that have Director's codes
 WITHOUT_CODES = (higl.Agent, diayn.Agent, options.Agent, dyna_q.Agent)
 PREFILL, TRAIN_EVERY = 1000, 8  # as in FLAGS
@@ -291,7 +292,12 @@ LOGGED = (  # metrics of a run that go into its row, the first and the last of t
 
 
 def grid_flags(agent: type) -> list[str]:
-    return FLAGS if issubclass(agent, WITHOUT_CODES) else FLAGS + CODES
+    flags = list(FLAGS)
+    if not issubclass(agent, dyna_q.Agent):
+        flags += TRAJECTORIES
+    if not issubclass(agent, WITHOUT_CODES):
+        flags += CODES
+    return flags
 
 
 def train(folder: pathlib.Path, agent: type, flags: list[str]):

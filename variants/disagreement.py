@@ -24,8 +24,6 @@ What changes:
 What is left out: the models of the paper have a fixed standard deviation. The paper explores
 without a task reward and learns a task later; a high `--worker_expl` comes close to that. The
 official program uses the standard deviation of the means, not their variance.
-
-
 """
 
 import dataclasses

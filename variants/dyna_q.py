@@ -11,8 +11,8 @@ Idea: Dyna learns action values from each real step, learns a model from the sam
 plans: from states it has visited it makes single steps in the model, and learns from them in the
 same way.
 
-What changes: there are no goals, no manager and no actor; `--horizon`, `--goal_duration` and
-`--lam` have no effect. A network Q(s, a) of the latent state s (`deter` and `stoch`) learns
+What changes: there are no goals, no manager and no actor. A network Q(s, a) of the latent state s
+(`deter` and `stoch`) learns
 
     Q(s, a) <- r + discount * cont * max over a' of Q'(s', a'),
 
@@ -61,8 +61,9 @@ class Config(director.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes")
+        unread = ("worker_extr", "manager_expl", "skill_groups", "skill_classes", "goal_duration")
         refuse(self, unread, "there are no goals")
+        refuse(self, ("horizon", "lam"), "there are no imagined trajectories")
         if self.batch_length < 2:
             raise director.UserError("--batch_length: has to be more than 1")
 

@@ -31,7 +31,8 @@ What is left out:
 - FuN's levels have separate discounts. Here `--discount` is that of the worker for each step, and
   that of the manager for each decision.
 - FuN's worker is recurrent and also receives the task reward. Here it reads only the present state
-  and the goal, and receives no task reward (but see `--worker_extr`).
+  and the goal, and receives no task reward (but see `--worker_extr`). So actor and critic know only
+  the mean of the cosine reward, which also depends on the states since the goal was set.
 """
 
 import dataclasses

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 import director
-from variants import disagreement, planner
+from variants import disagreement, planner, refuse
 
 
 @dataclasses.dataclass
@@ -50,6 +50,11 @@ class Config(planner.Config, disagreement.Config):
                                  group="pets")
     disagreement_cost: float = director.flag(
         0.0, "cost of a standard deviation of the members' returns", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.planner == "none":
+            refuse(self, ("disagreement_cost",), "--planner none does not read it")
 
 
 class Agent(planner.Agent, disagreement.Agent):

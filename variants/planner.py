@@ -13,8 +13,8 @@ of the manager, on which the worker acts for K steps.
 - `--planner codes` searches for a sequence of H / K codes in the same way (H is `--horizon`, K is
   `--goal_duration`).
 - `--planner mcts` is MuZero's tree search, over codes, or over primitive actions with `--agent
-  dreamer`. If moves are too many to enumerate, a node tries some samples of the actor, as in
-  Sampled MuZero.
+  dreamer`. If moves are too many to enumerate (several code groups, or continuous actions), a node
+  tries some samples of the actor, as in Sampled MuZero.
 
 A sequence is scored by its predicted rewards, discounted by `--discount` and by the predicted
 continuation, plus the critic's value of its last state. The agent makes the first move of the best
@@ -23,12 +23,15 @@ values rewards that are averaged over K steps and discounted once per K steps. S
 discounted by the K-th root of the discount, and the value is multiplied by K.
 
 What is left out: PETS's ensemble of models, which `pets.py` adds (here there is one model, and one
-sample of each sequence); chance nodes (a child is one sample), noise at the root, noise on
-actions during training (PlaNet adds it), and learning from the results of the search.
+sample of each sequence); chance nodes (a child is one sample), merging of equal samples (Sampled
+MuZero), noise at the root, noise on actions during training (PlaNet adds it), and learning from the
+results of the search. Sequences of codes are scored with sampled actions of the worker, also in
+evaluation, where it then takes its most likely ones.
 """
 
 import dataclasses
 import functools
+import math
 import sys
 
 import numpy as np
@@ -78,7 +81,7 @@ class Agent(director.Director):
         return {**state, "action": self.search(state)}
 
     def sample_skill(self, state: dict[str, Tensor]) -> Tensor:
-        imagining = "count" not in state
+        imagining = "count" not in state  # only acting counts steps
         if imagining or not self.moves_are_codes:
             return super().sample_skill(state)
         return self.search(state)
@@ -148,13 +151,15 @@ class Agent(director.Director):
     def options(self, state: dict) -> tuple[Tensor, Tensor]:
         """Moves to try, [E, M, ...], and their prior probabilities, [E, M].
 
-        A flat agent with discrete actions tries all of them; else samples of the actor are tried.
+        Discrete actions, and codes of a single group, are all tried; else samples of the actor.
         """
         player = self.manager or self.worker
         dist = player.dist(player.feat(state))
-        if self.discrete and not self.manager:
-            actions = torch.eye(dist.probs.shape[-1], device=self.config.device)
-            return actions.expand(len(dist.probs), -1, -1), dist.probs
+        groups = math.prod(player.action_shape[:-1])
+        if player.discrete and groups == 1:
+            probs = dist.probs.flatten(1)  # [E, M]
+            moves = torch.eye(probs.shape[1], device=self.config.device)
+            return moves.expand(len(probs), -1, -1), probs
         moves = torch.stack([dist.rsample().flatten(1) for _ in range(self.config.tried)], 1)
         return moves, torch.full_like(moves[..., 0], 1 / self.config.tried)
 

@@ -14,15 +14,18 @@ error L of the model, has the priority
 and a step that was never trained on has 1e5. So new steps come first, then those with few visits;
 after about 25 visits the error decides.
 
-What changes: the replay. A step is drawn in proportion to p. The chunk starts there, or earlier if
-it would not fit into the episode; if the episode is too short, the next one drawn follows. All
-steps of a chunk count as visited. Their errors, the sums of the model's losses, are known when the
-next chunks are drawn. As in Curious Replay, no weights correct the bias, and imagination starts
-from the states that are drawn.
+What changes: the replay. A step is drawn in proportion to p. The chunk starts one step before it,
+or earlier if it would not fit into the episode; if the episode is too short, the next one drawn
+follows. The first step of a chunk is seen without memory of what was before, so that its error is
+large whatever the model knows. So it does not count as visited and its error is not used, and the
+first step of an episode has priority 0. All other steps of a chunk count as visited. Their errors,
+the sums of the model's losses, are known when the next chunks are drawn. As in Curious Replay, no
+weights correct the bias, and imagination starts from the states that are drawn.
 
-What is left out: ranks and annealed importance weights (Schaul et al.). Checkpoints contain no
-priorities, so all steps are new to a resumed run. Until an episode has ended, running ones are
-replayed uniformly, as in director.py.
+What is left out: ranks and annealed importance weights (Schaul et al.). The authors' program for
+DreamerV2 also subtracts the least error so far, which the paper's formula does not. Checkpoints
+contain no priorities, so all steps are new to a resumed run. Until an episode has ended, running
+ones are replayed uniformly, as in director.py.
 """
 
 import dataclasses
@@ -44,6 +47,11 @@ class Config(director.Config):
     priority_alpha: float = director.flag(0.7, "power of errors; 0: they do not count", low=0,
                                           high=3)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_length < 2:
+            raise director.UserError("--batch_length: has to be more than 1")
+
 
 class Replay(director.Replay):
     """Draws chunks at steps of high priority.
@@ -62,10 +70,10 @@ class Replay(director.Replay):
     def sample(self, batch_size: int, length: int) -> dict[str, np.ndarray]:
         """Chunks as in director.py, and place [B, T, 2]: name of the episode, step in it."""
         self.update()
-        if not self.episodes:
+        names = [name for name, total in self.total.items() if total > 0]
+        if not names:  # no episode has ended that has more than its first step
             return super().sample(batch_size, length)
-        names = list(self.total)
-        totals = np.array(list(self.total.values()))
+        totals = np.array([self.total[name] for name in names])
         pieces = []
         for _ in range(batch_size):
             missing = length
@@ -73,7 +81,7 @@ class Replay(director.Replay):
                 name = names[self.rng.choice(len(names), p=totals / totals.sum())]
                 priority = self.priority[name]
                 step = self.rng.choice(len(priority), p=priority / priority.sum())
-                start = max(0, min(step, len(priority) - missing))
+                start = max(0, min(step - 1, len(priority) - missing))
                 stop = min(start + missing, len(priority))
                 episode = self.episodes[name]
                 piece = {key: np.array(value[start:stop]) for key, value in episode.items()}
@@ -90,16 +98,16 @@ class Replay(director.Replay):
             length = len(self.episodes[name]["reward"])
             self.visits[name] = np.zeros(length)
             self.priority[name] = np.full(length, NEW)
-            self.total[name] = NEW * length
+            self.priority[name][0] = 0
+            self.total[name] = NEW * (length - 1)
         for name in self.total.keys() - self.episodes.keys():
             del self.visits[name], self.priority[name], self.total[name]
         if not self.agent or not self.agent.trained_on:
             return
         # These are of the train step before, so that reading them hardly waits for a GPU.
-        place, error = self.agent.trained_on
+        place, error, is_first = (x.flatten(0, 1).cpu().numpy() for x in self.agent.trained_on)
         self.agent.trained_on = None
-        place = place.flatten(0, 1).cpu().numpy()
-        error = error.flatten(0, 1).cpu().numpy()
+        place, error = place[~is_first], error[~is_first]
         config = self.agent.config
         for name in set(place[:, 0]) & self.total.keys():
             here = place[:, 0] == name
@@ -122,7 +130,8 @@ class Run(director.Run):
 class Agent(director.Director):
     """Director, or the flat agent, with prioritised replay.
 
-    trained_on: place [B, T, 2] and error [B, T] of the last train step, until the replay reads it.
+    trained_on: place [B, T, 2], error [B, T] and is_first [B, T] of the last train step, until the
+    replay reads them.
     """
 
     Config, Replay, Run = Config, Replay, Run
@@ -130,7 +139,7 @@ class Agent(director.Director):
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         if "place" in states:
-            self.trained_on = states["place"], states["error"]
+            self.trained_on = states["place"], states["error"], states["is_first"]
         return super().train_goals(states)
 
 

@@ -108,9 +108,11 @@ def test_a_variant_makes_train_steps_and_acts_and_each_parameter_has_one_optimiz
 @pytest.mark.slow
 @pytest.mark.parametrize(("agent", "flags"), dict(VARIANTS[::-1]).items(), ids=short_name)
 def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
-    run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--horizon=8",
-           "--video_every=100", "--prefill=180", f"--logdir={tmp_path}"]
+    run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--video_every=100",
+           "--prefill=180", f"--logdir={tmp_path}"]
     run += [f"--{key}={value}" for key, value in flags.items()]
+    if agent is not dyna_q.Agent:
+        run.append("--horizon=8")
     for steps in (210, 230):
         assert director.main([*run, f"--steps={steps}"], agent) == 0
     assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 6
@@ -168,6 +170,9 @@ def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
     (disagreement.Agent, ["--worker_expl=1"], "--worker_expl has no effect here: the manager"),
     (disagreement.Agent, ["--agent=dreamer", "--manager_expl=1"], "there is no manager"),
     (dyna_q.Agent, ["--worker_extr=1"], "--worker_extr has no effect here: there are no goals"),
+    (dyna_q.Agent, ["--lam=0.5"], "--lam has no effect here: there are no imagined trajectories"),
+    (pets.Agent, ["--planner=none", "--disagreement_cost=1"], "--disagreement_cost has no effect"),
+    (prioritized.Agent, ["--batch_length=1"], "has to be more than 1"),
     (dyna_q.Agent, ["--agent=director"], "director: choose from"),
     (dyna_q.Agent, ["--batch_length=1"], "has to be more than 1"),
     (dyna_q.Agent, ["--epsilon=1"], "must be from 0 to 0.999"),

@@ -136,6 +136,14 @@ def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_sing
     close(agent.value(state), np.full(2, 3.0 if flat else 12.0))
 
 
+def test_codes_of_one_group_are_all_tried_with_the_probabilities_of_the_manager():
+    agent = make_variant(planner.Agent, planner="mcts", skill_groups=1, skill_classes=3, tried=2)
+    start = {"deter": torch.randn(2, 16), "stoch": torch.randn(2, 16)}
+    move, prior = agent.options(start)
+    close(move, np.tile(np.eye(3), (2, 1, 1)))
+    close(prior, agent.manager.dist(agent.manager.feat(start)).probs[:, 0].detach())
+
+
 def test_sequences_are_scored_by_discounted_rewards_and_the_value_of_their_end(monkeypatch):
     agent, scores = make_variant(planner.Agent, candidates=20, plan_length=3), []
 

@@ -34,20 +34,23 @@ def prioritized_replay(*lengths: int, capacity: int = 10**6):
     return replay
 
 
-def hand_back(replay, places, errors):
-    replay.agent.trained_on = torch.tensor([places]), tensor([errors])
+def hand_back(replay, places, errors, first=False):
+    is_first = torch.full((1, len(places)), first)
+    replay.agent.trained_on = torch.tensor([places]), tensor([errors]), is_first
     replay.update()
 
 
 def test_priorities_follow_curious_replay_and_belong_to_the_steps_that_were_trained_on():
     replay, new = prioritized_replay(4, 3), prioritized.NEW
     hand_back(replay, [[0, 1], [0, 2], [1, 2]], [2.0, 5.0, 0.3])
-    close(replay.priority[0], [new, 7000 + 2.01**0.7, 7000 + 5.01**0.7, new])
-    close(replay.priority[1], [new, new, 7000 + 0.31**0.7])
-    hand_back(replay, [[0, 2], [0, 2], [1, 0]], [1.0, 1.0, 4.0])  # twice in a batch
-    close(replay.priority[0], [new, 7000 + 2.01**0.7, 3430 + 1.01**0.7, new])
+    close(replay.priority[0], [0, 7000 + 2.01**0.7, 7000 + 5.01**0.7, new])  # 0: it begins
+    close(replay.priority[1], [0, new, 7000 + 0.31**0.7])
+    hand_back(replay, [[0, 2], [0, 2], [1, 1]], [1.0, 1.0, 4.0])  # twice in a batch
+    close(replay.priority[0], [0, 7000 + 2.01**0.7, 3430 + 1.01**0.7, new])
+    hand_back(replay, [[0, 0], [0, 3], [1, 1]], [9.0, 9.0, 9.0], first=True)  # without memory
+    close(replay.priority[1], [0, 7000 + 4.01**0.7, 7000 + 0.31**0.7])
     close(replay.visits[0], [0, 1, 3, 0])
-    close(replay.visits[1], [1, 0, 1])
+    close(replay.visits[1], [0, 1, 1])
     for name in (0, 1):
         assert replay.total[name] == pytest.approx(replay.priority[name].sum(), rel=1e-12)
     replay.update()  # errors count once
@@ -59,7 +62,7 @@ def test_priorities_follow_curious_replay_and_belong_to_the_steps_that_were_trai
 
 def test_chunks_start_as_often_as_priorities_say():
     replay = prioritized_replay(5, 2, 7)
-    priority = {0: [1, 5, 2, 0.5, 8], 1: [3, 1], 2: [1, 1, 9, 1, 4, 1, 2]}
+    priority = {0: [0, 5, 2, 0.5, 8], 1: [0, 1], 2: [0, 1, 9, 1, 4, 1, 2]}
     for name, values in priority.items():
         replay.update()
         replay.priority[name][:] = values
@@ -68,7 +71,7 @@ def test_chunks_start_as_often_as_priorities_say():
     expected, found = {}, {}
     for name, values in priority.items():
         for step, value in enumerate(values):
-            key = name, max(0, min(step, len(values) - length))
+            key = name, max(0, min(step - 1, len(values) - length))
             expected[key] = expected.get(key, 0) + value / total
     for key in map(tuple, replay.sample(draws, length)["place"][:, 0]):
         found[key] = found.get(key, 0) + 1 / draws
@@ -121,8 +124,9 @@ def test_each_step_gets_its_own_error_of_the_model_and_a_picture_is_no_visit():
     losses, model_loss = [], agent.world_model.loss
     agent.world_model.loss = lambda batch: losses.append(model_loss(batch)) or losses[-1]
     agent.train_step({**batch, "place": place})
-    seen, error = agent.trained_on
+    seen, error, is_first = agent.trained_on
     assert torch.equal(seen, torch.as_tensor(place)) and not error.requires_grad
+    assert torch.equal(is_first, torch.as_tensor(batch["is_first"]))
     assert torch.equal(error, losses[0][1]["error"])
     replay = prioritized.Replay(100)
     replay.agent = agent
@@ -131,9 +135,11 @@ def test_each_step_gets_its_own_error_of_the_model_and_a_picture_is_no_visit():
             replay.add(row(number, episode, number == 8))
     replay.sample(6, 8)
     replay.sample(6, 8)  # what is not trained on is not visited
-    close(np.stack([replay.visits[name] for name in range(5)]),
-          np.repeat([[0], [0], [0], [1], [1]], 9, 1))
-    close(replay.priority[4], 7000 + (error[1].numpy() + 0.01) ** 0.7, rtol=1e-6)
+    visits = np.stack([replay.visits[name] for name in range(5)])
+    close(visits[3:], ~batch["is_first"])
+    assert not visits[:3].any()
+    seen = ~batch["is_first"][1]
+    close(replay.priority[4][seen], 7000 + (error[1].numpy()[seen] + 0.01) ** 0.7, rtol=1e-6)
 
 
 def test_a_run_hands_errors_to_its_replay_and_starts_anew_when_it_resumes(tmp_path, monkeypatch):
@@ -148,7 +154,7 @@ def test_a_run_hands_errors_to_its_replay_and_starts_anew_when_it_resumes(tmp_pa
         replay.update()
         visits = sum(x.sum() for x in replay.visits.values())
         trained = runs[-1].agent.grad_steps - (runs[0].agent.grad_steps if len(runs) > 1 else 0)
-        size = runs[-1].config.batch_size * 10
+        size = runs[-1].config.batch_size * 9  # all steps of a chunk but the first
         assert 0 < visits <= trained * size and visits % size == 0
     assert len(runs) == 2
 
