@@ -18,6 +18,7 @@ import torch
 
 import director
 from conftest import HERE, RUN, close, make_variant, random_batch, run_program, starts_at, tensor
+from envs.pin_pad import PinPad
 from variants import dyna_q, feudal, pets
 
 sys.path.insert(0, str(HERE / "results"))
@@ -54,6 +55,31 @@ def test_goals_says_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monke
             run_program(monkeypatch, capsys, "results/goals.py", *command)
         assert raised.value.code == 2
         assert re.fullmatch(r"goals.py: .*(checkpoint.pt|no_such).*\n", capsys.readouterr().err)
+
+
+def test_pads_counts_changes_of_pad_and_histories(tmp_path, capsys, monkeypatch):
+    env = PinPad("three", observe="state")
+    env.reset(seed=0)
+    env.player, env.history = (1, 1), (1,)
+    states, total = [env.state_vector()], 0.0
+    for action in 14 * [3] + 14 * [4] + 14 * [3] + 5 * [1] + 6 * [4] + 6 * [1]:
+        # to pad 3 on the right, to pad 1 on the left, to pad 3, then down and to the left to pad 2
+        obs, reward, *_ = env.step(action)
+        states.append(obs["state"])
+        total += reward
+    assert env.history == (1, 3, 2) and total == 0
+    is_last = np.arange(len(states)) == len(states) - 1
+    (tmp_path / "config.json").write_text('{"run_id": "x"}')
+    (tmp_path / "replay/x").mkdir(parents=True)
+    for name in range(2):
+        np.savez(tmp_path / f"replay/x/{name}.npz", state=np.stack(states), is_last=is_last,
+                 reward=np.full(len(states), name / len(states)))
+    text = run_program(monkeypatch, capsys, "results/pads.py", tmp_path, "--episodes=2")
+    assert text == (f"{2 * len(states)} steps: return 0.5, 4 changes of pad an episode, "
+                    "3 of 12 histories seen so far\n")
+    with pytest.raises(SystemExit) as raised:
+        run_program(monkeypatch, capsys, "results/pads.py", tmp_path / "nothing")
+    assert raised.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_agent_whose_worker_has_no_reward_differs_in_that_reward_only():
