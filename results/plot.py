@@ -36,6 +36,10 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
     "pinpad_three_official": ("Pin Pad Three, settings of xs at commit 0bb3370", 10_000, {
         "this project": "pinpad_three/director_official_settings-*",
         "official program": "pinpad_three/official-*"}),
+    "pinpad_three_state": ("Pin Pad Three in numbers (--obs state)", 10_000, {
+        "Director": "pinpad_three_state/director-*",
+        "dreamer_v3": "pinpad_three_state/dreamer_v3-*",
+        "dreamer_v3, --learning_rate 4e-4": "pinpad_three_state/dreamer_v3_learning_rate-*"}),
     "pinpad_four": ("Pin Pad Four, all agents with the curriculum", 10_000, {
         "Director": "pinpad_four/director_curriculum-*",
         "Director without exploration reward": "pinpad_four/director_curriculum_no_exploration-*",
