@@ -110,9 +110,9 @@ def test_a_variant_makes_train_steps_and_acts_and_each_parameter_has_one_optimiz
 def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     run = [*RUN, "--task=gym_ShortPinPad-v0", "--batch_length=10", "--video_every=100",
            "--prefill=180", f"--logdir={tmp_path}"]
-    run += [f"--{key}={value}" for key, value in flags.items()]
-    if agent is not dyna_q.Agent:
+    if agent is not dyna_q.Agent:  # which refuses it
         run.append("--horizon=8")
+    run += [f"--{key}={value}" for key, value in flags.items()]
     for steps in (210, 230):
         assert director.main([*run, f"--steps={steps}"], agent) == 0
     assert read_metrics(tmp_path)[-1]["train/grad_steps"] == 6
