@@ -44,6 +44,8 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "Director": "pinpad_four/director_curriculum-*",
         "Director without exploration reward": "pinpad_four/director_curriculum_no_exploration-*",
         "flat agent": "pinpad_four/flat_curriculum-*"}),
+    "pinpad_four_state": ("Pin Pad Four in numbers (--obs state)", 10_000, {
+        "Director": "pinpad_four_state/director-*", "flat agent": "pinpad_four_state/flat-*"}),
     "walker_state": ("Walker walk from state", 10_000, {
         "Director": "walker_state/director-*",
         "Director, worker also receives the task reward": "walker_state/director_worker_extr-*",
