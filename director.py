@@ -717,8 +717,8 @@ class WorldModel(nn.Module):
         total = sum(losses.values())
         states["error"] = total  # for variants/prioritized.py
         metrics |= {f"{key}_loss": value.mean() for key, value in losses.items()}
-        metrics["model_loss"] = total.mean()
-        return total.mean(), states, metrics
+        loss = metrics["model_loss"] = total.mean()
+        return loss, states, metrics
 
 
 class GoalAutoencoder(nn.Module):

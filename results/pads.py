@@ -32,7 +32,7 @@ def replayed_episodes(run: pathlib.Path) -> Iterator[tuple[np.ndarray, float]]:
     folder = run / "replay" / read_settings(run).get("run_id", "")
     for path in sorted(folder.glob("[0-9]*.npz"), key=lambda path: int(path.stem)):
         with np.load(path) as episode:
-            if "state" in episode and episode["is_last"][-1]:
+            if "state" in episode and episode["state"].shape[1] > 27 and episode["is_last"][-1]:
                 yield episode["state"], float(episode["reward"].sum())
 
 
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--random", choices=list(PADS), help="random actions instead of a run")
     parser.add_argument("--episodes", type=int, default=10, help="episodes in a line")
     args = parser.parse_args(argv)
+    if args.episodes < 1:
+        parser.error("--episodes: must be at least 1")
     if (args.run is None) == (args.random is None):
         parser.error("give a run or --random")
     episodes = random_episodes(args.random) if args.random else replayed_episodes(args.run)
