@@ -1,11 +1,12 @@
 """How does an agent explore Pin Pad? Counts what the replay of a run holds.
 
-    python results/pads.py RUN [--episodes 10]      a run of --task pinpad_... --obs state
+    python results/pads.py RUN [--episodes 10]      a run of --task pinpad_...
     python results/pads.py --random four            random actions, 50 episodes
 
 For each ten finished episodes, it prints their mean return, how often the player went from one pad
 to another in them, and how many of the possible histories, sequences of the last n pads, have been
-seen so far. The replay has to hold all episodes since the run began.
+seen so far. The replay has to hold all episodes since the run began. Steps are those of finished
+episodes.
 """
 
 import argparse
@@ -17,27 +18,44 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from envs.folder import read_settings
-from envs.pin_pad import PADS, PinPad
+from envs.pin_pad import COLORS, PADS, PinPad
 
 
-def histories(state: np.ndarray) -> np.ndarray:
+def histories_of_states(state: np.ndarray) -> np.ndarray:
     """Numbers of the last n pads, oldest first, 0 if there are fewer: [T, size] -> [T, n]."""
     pads = int(np.sqrt(state.shape[1] - 27))  # see PinPad: 14 + 12 + n * n + 1
     one_hot = state[:, 26:-1].reshape(-1, pads, pads)
     return np.where(one_hot.any(-1), one_hot.argmax(-1) + 1, 0)
 
 
+def histories_of_images(image: np.ndarray, pads: int) -> np.ndarray:
+    """The same from the squares below the room: [T, 64, 64, 3] -> [T, n]."""
+    squares = image[:, 4 * 14, 4 : 4 + 8 * pads : 8]  # [T, n, 3]; cells have 4x4 pixels
+    same_color = (squares[:, :, None] == COLORS[1 : pads + 1]).all(-1)  # [T, n, n]
+    return np.where(same_color.any(-1), same_color.argmax(-1) + 1, 0)
+
+
 def replayed_episodes(run: pathlib.Path) -> Iterator[tuple[np.ndarray, float]]:
-    """States and return of each finished episode of a run, in the order of their beginnings."""
-    folder = run / "replay" / read_settings(run).get("run_id", "")
+    """Histories and return of each finished episode of a run, in the order of their beginnings."""
+    settings = read_settings(run)
+    name = settings.get("task", "").removeprefix("pinpad_")
+    if name not in PADS:
+        return
+    pads = max(pad for pad, *_ in PADS[name])
+    folder = run / "replay" / settings["run_id"]
     for path in sorted(folder.glob("[0-9]*.npz"), key=lambda path: int(path.stem)):
         with np.load(path) as episode:
-            if "state" in episode and episode["state"].shape[1] > 27 and episode["is_last"][-1]:
-                yield episode["state"], float(episode["reward"].sum())
+            if not episode["is_last"][-1]:
+                continue
+            if "state" in episode:
+                history = histories_of_states(episode["state"])
+            else:
+                history = histories_of_images(episode["image"], pads)
+            yield history, float(episode["reward"].sum())
 
 
 def random_episodes(name: str, count: int = 50) -> Iterator[tuple[np.ndarray, float]]:
-    """States and return of episodes with random actions."""
+    """Histories and return of episodes with random actions."""
     env = PinPad(name, observe="state")
     rng = np.random.default_rng(0)
     for seed in range(count):
@@ -47,7 +65,7 @@ def random_episodes(name: str, count: int = 50) -> Iterator[tuple[np.ndarray, fl
             obs, reward, *_ = env.step(int(rng.integers(5)))
             states.append(obs["state"])
             total += reward
-        yield np.stack(states), total
+        yield histories_of_states(np.stack(states)), total
 
 
 def main(argv: list[str] | None = None):
@@ -62,22 +80,21 @@ def main(argv: list[str] | None = None):
         parser.error("give a run or --random")
     episodes = random_episodes(args.random) if args.random else replayed_episodes(args.run)
     seen, steps, changes, scores = set(), 0, [], []
-    for state, score in episodes:
-        history = histories(state)
+    for history, score in episodes:
         pads = history.shape[1]
         # A new episode's or player's empty history is no change of pad.
         moved = (history[1:] != history[:-1]).any(1) & history[1:].any(1)
         changes.append(int(moved.sum()))
         scores.append(score)
         seen |= {tuple(row) for row in history[history.all(1)].tolist()}
-        steps += len(state)
+        steps += len(history)
         if len(changes) % args.episodes == 0:
             possible = pads * (pads - 1) ** (pads - 1)
             print(f"{steps} steps: return {np.mean(scores[-args.episodes:]):.1f}, "
                   f"{np.mean(changes[-args.episodes:]):.0f} changes of pad an episode, "
                   f"{len(seen)} of {possible} histories seen so far")
     if not changes:
-        parser.exit(2, f"pads.py: {args.run}: holds no finished episode of Pin Pad as numbers\n")
+        parser.exit(2, f"pads.py: {args.run}: holds no finished episode of Pin Pad\n")
 
 
 if __name__ == "__main__":

@@ -57,25 +57,27 @@ def test_goals_says_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monke
         assert re.fullmatch(r"goals.py: .*(checkpoint.pt|no_such).*\n", capsys.readouterr().err)
 
 
-def test_pads_counts_changes_of_pad_and_histories(tmp_path, capsys, monkeypatch):
-    env = PinPad("three", observe="state")
+@pytest.mark.parametrize("observe", ["state", "image"])
+def test_pads_counts_changes_of_pad_and_histories(observe, tmp_path, capsys, monkeypatch):
+    env = PinPad("three", observe=observe)
     env.reset(seed=0)
     env.player, env.history = (1, 1), (1,)
-    states, total = [env.state_vector()], 0.0
+    observations, total = [env.render_observation()[observe]], 0.0
     for action in 14 * [3] + 14 * [4] + 14 * [3] + 5 * [1] + 6 * [4] + 6 * [1]:
         # to pad 3 on the right, to pad 1 on the left, to pad 3, then down and to the left to pad 2
         obs, reward, *_ = env.step(action)
-        states.append(obs["state"])
+        observations.append(obs[observe])
         total += reward
     assert env.history == (1, 3, 2) and total == 0
-    is_last = np.arange(len(states)) == len(states) - 1
-    (tmp_path / "config.json").write_text('{"run_id": "x"}')
+    steps = len(observations)
+    is_last = np.arange(steps) == steps - 1
+    (tmp_path / "config.json").write_text('{"run_id": "x", "task": "pinpad_three"}')
     (tmp_path / "replay/x").mkdir(parents=True)
     for name in range(2):
-        np.savez(tmp_path / f"replay/x/{name}.npz", state=np.stack(states), is_last=is_last,
-                 reward=np.full(len(states), name / len(states)))
+        np.savez(tmp_path / f"replay/x/{name}.npz", is_last=is_last,
+                 reward=np.full(steps, name / steps), **{observe: np.stack(observations)})
     text = run_program(monkeypatch, capsys, "results/pads.py", tmp_path, "--episodes=2")
-    assert text == (f"{2 * len(states)} steps: return 0.5, 4 changes of pad an episode, "
+    assert text == (f"{2 * steps} steps: return 0.5, 4 changes of pad an episode, "
                     "3 of 12 histories seen so far\n")
     with pytest.raises(SystemExit) as raised:
         run_program(monkeypatch, capsys, "results/pads.py", tmp_path / "nothing")
