@@ -79,21 +79,21 @@ def main(argv: list[str] | None = None):
     if (args.run is None) == (args.random is None):
         parser.error("give a run or --random")
     episodes = random_episodes(args.random) if args.random else replayed_episodes(args.run)
-    seen, steps, changes, scores = set(), 0, [], []
+    seen, steps, moves, scores = set(), 0, [], []
     for history, score in episodes:
         pads = history.shape[1]
-        # A new episode's or player's empty history is no change of pad.
+        # A new episode's or player's empty history is no move between pads.
         moved = (history[1:] != history[:-1]).any(1) & history[1:].any(1)
-        changes.append(int(moved.sum()))
+        moves.append(int(moved.sum()))
         scores.append(score)
         seen |= {tuple(row) for row in history[history.all(1)].tolist()}
         steps += len(history)
-        if len(changes) % args.episodes == 0:
+        if len(moves) % args.episodes == 0:
             possible = pads * (pads - 1) ** (pads - 1)
             print(f"{steps} steps: return {np.mean(scores[-args.episodes:]):.1f}, "
-                  f"{np.mean(changes[-args.episodes:]):.0f} changes of pad an episode, "
+                  f"{np.mean(moves[-args.episodes:]):.0f} moves between pads an episode, "
                   f"{len(seen)} of {possible} histories seen so far")
-    if not changes:
+    if not moves:
         parser.exit(2, f"pads.py: {args.run}: holds no finished episode of Pin Pad\n")
 
 

@@ -36,7 +36,7 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
     "pinpad_three_official": ("Pin Pad Three, settings of xs at commit 0bb3370", 10_000, {
         "this project": "pinpad_three/director_official_settings-*",
         "official program": "pinpad_three/official-*"}),
-    "pinpad_three_state": ("Pin Pad Three in numbers (--obs state)", 10_000, {
+    "pinpad_three_state": ("Pin Pad Three from state", 10_000, {
         "Director": "pinpad_three_state/director-*",
         "dreamer_v3": "pinpad_three_state/dreamer_v3-*",
         "dreamer_v3, --learning_rate 4e-4": "pinpad_three_state/dreamer_v3_learning_rate-*"}),
@@ -44,7 +44,7 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "Director": "pinpad_four/director_curriculum-*",
         "Director without exploration reward": "pinpad_four/director_curriculum_no_exploration-*",
         "flat agent": "pinpad_four/flat_curriculum-*"}),
-    "pinpad_four_state": ("Pin Pad Four in numbers (--obs state)", 10_000, {
+    "pinpad_four_state": ("Pin Pad Four from state", 10_000, {
         "Director": "pinpad_four_state/director-*", "flat agent": "pinpad_four_state/flat-*"}),
     "walker_state": ("Walker walk from state", 10_000, {
         "Director": "walker_state/director-*",

@@ -58,7 +58,7 @@ def test_goals_says_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("observe", ["state", "image"])
-def test_pads_counts_changes_of_pad_and_histories(observe, tmp_path, capsys, monkeypatch):
+def test_pads_counts_moves_between_pads_and_histories(observe, tmp_path, capsys, monkeypatch):
     env = PinPad("three", observe=observe)
     env.reset(seed=0)
     env.player, env.history = (1, 1), (1,)
@@ -77,7 +77,7 @@ def test_pads_counts_changes_of_pad_and_histories(observe, tmp_path, capsys, mon
         np.savez(tmp_path / f"replay/x/{name}.npz", is_last=is_last,
                  reward=np.full(steps, name / steps), **{observe: np.stack(observations)})
     text = run_program(monkeypatch, capsys, "results/pads.py", tmp_path, "--episodes=2")
-    assert text == (f"{2 * steps} steps: return 0.5, 4 changes of pad an episode, "
+    assert text == (f"{2 * steps} steps: return 0.5, 4 moves between pads an episode, "
                     "3 of 12 histories seen so far\n")
     with pytest.raises(SystemExit) as raised:
         run_program(monkeypatch, capsys, "results/pads.py", tmp_path / "nothing")
