@@ -8,7 +8,7 @@ All agents have the same networks, batches and learning rates, and make 900 grad
 of 6 by 6 cells (envs/grid.py), except where AGENTS says otherwise. The program writes a line of
 JSON per run to --out, with the mean return of the last 24 episodes and measurements that show
 whether the agent's idea is at work. It skips runs that --out already has (but not with --planner).
-A run takes about a minute on one core.
+A run takes half a minute to a quarter of an hour on one core.
 
 With --planner, Director, the flat agent and disagreement stop after 100, 200 and 400 gradient
 steps, and play ten episodes with their actors and with each kind of search. With --time_steps, it
