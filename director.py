@@ -52,6 +52,7 @@ import re
 import signal
 import sys
 import time
+import typing
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ from torch import Tensor, nn
 from envs import CANNOT_WRITE, UserError, pictures, write_file  # envs/ has to be beside this file
 from envs.folder import Lock, agent_name, read_run, read_settings, reading, run_folder, run_names
 from envs.log import Logger
-from envs.make import choose_quality, make_env, refuse_other_spaces, vector_envs  # noqa: F401
+from envs.make import choose_quality, refuse_other_spaces, vector_envs
+from envs.make import make_env as make_env  # for users of this module
 from envs.vector import SIGNALS, Driver
 
 # ---- Configuration --------------------------------------------------------------------------
@@ -171,13 +173,14 @@ class Config:
                 if "Intel" not in found.get("cpu_name", ""):  # on Intel, only AMX is faster
                     native = native or found.get("avx512_bf16")
             self.precision = "bfloat16" if native else "float32"
+        types = typing.get_type_hints(type(self))  # field.type may be a string
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices = field.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"--{field.name} {value}: choose from {', '.join(choices)}")
             low, high = field.metadata["low"], field.metadata["high"]
-            if field.type in (int, float) and not low <= value <= high:
+            if types[field.name] in (int, float) and not low <= value <= high:
                 raise UserError(f"--{field.name} {value}: must be from {low} to {high:g}")
         if self.agent == "director" and self.horizon % self.goal_duration:
             raise UserError(f"--horizon {self.horizon}: not a multiple of --goal_duration")
@@ -197,8 +200,10 @@ def parse_args(argv: list[str] | None, config: type) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     group = parser
+    types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         meta = field.metadata
+        kind = types[field.name]
         if meta["group"]:
             group = parser.add_argument_group(meta["group"])
         default = field.default
@@ -206,11 +211,11 @@ def parse_args(argv: list[str] | None, config: type) -> dict:
             default = ", ".join(f"{size} {x[field.name]}" for size, x in config.sizes.items())
         text = meta["text"] if default == "" else f"{meta['text']} [{default}]"
         settings = {"default": argparse.SUPPRESS, "help": text}
-        if field.type is bool:
+        if kind is bool:
             settings |= {"action": "store_true"}
         else:
             choices = meta["choices"]
-            settings |= {"type": integer if field.type is int else field.type,
+            settings |= {"type": integer if kind is int else kind,
                          "metavar": f"{{{','.join(choices)}}}" if choices else ""}
         group.add_argument(f"--{field.name}", **settings)
     return vars(parser.parse_args(argv))
@@ -240,7 +245,8 @@ class OneHot:
     def rsample(self) -> Tensor:
         """A one-hot sample [..., C] whose gradient is that of the probabilities."""
         # Inverse transform sampling: it draws one random number per distribution, where the Gumbel
-        # trick draws C. Random numbers are slow on a CPU (size xs: 0.86 -> 0.74 s per train step).
+        # trick draws C. Random numbers are slow on a CPU. The last sum, 1, is not compared, because
+        # rounding may leave it below 1.
         cumulated = self.probs.detach().cumsum(-1)
         index = (cumulated[..., :-1] <= torch.rand_like(cumulated[..., :1])).sum(-1, keepdim=True)
         return self.one_hot(index) + (self.probs - self.probs.detach())  # straight-through
@@ -338,8 +344,7 @@ class AutoAdapt(nn.Module):
         below = mean < self.target / 1.1
         grow, shrink = (below, above) if self.inverse else (above, below)
         self.scale.mul_(1.1 ** (grow.float() - shrink.float())).clamp_(self.low, self.high)
-        scale = self.scale.clone()  # since the next update changes it in place
-        return -scale * reg if self.inverse else scale * reg
+        return -self.scale * reg if self.inverse else self.scale * reg
 
 
 class Normalizer(nn.Module):
@@ -491,8 +496,8 @@ class Decoder(nn.Module):
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
         outs = {}
         if "image" in self.keys:
-            # The first transposed convolution reads a single pixel, so it is a matrix product:
-            # several times as fast on a CPU (size paper: 8.7 -> 6.5 s per train step).
+            # The first transposed convolution reads a single pixel, so it is a matrix product; that
+            # is several times as fast on a CPU.
             first = self.image[0]
             x = F.linear(feat, first.weight.permute(2, 3, 1, 0).flatten(0, 2))
             x = x.reshape(-1, *first.kernel_size, first.out_channels).permute(0, 3, 1, 2)
@@ -588,9 +593,9 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -
 
 
 def trajectory_weights(cont: Tensor, discount: float) -> Tensor:
-    """Discounted probability of reaching each state, [H+1, ...] -> [H+1, ...].
+    """Discounted probability that no state up to t is terminal, [H+1, ...] -> [H+1, ...].
 
-    w[0] = cont[0], w[t] = w[t-1] * discount * cont[t].
+    w[0] = cont[0], w[t] = w[t-1] * discount * cont[t]. So a terminal state itself has weight 0.
     """
     return (discount * cont).cumprod(0) / discount
 
@@ -623,7 +628,7 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     [H+1, N, ...], rewards [H, N] -> [H/k+1, N, ...], rewards [H/k, N]. As in the official program,
         reward[b] = mean over i < k of  cont[bk] * ... * cont[bk+i] * reward[bk+i]
         cont[b]   = cont[(b-1)k+1] * ... * cont[bk],  cont[0] stays
-    so that cont[bk] is a factor of reward[b], and by `trajectory_weights` of its weight, too.
+    Thus cont[bk] counts twice: in reward[b], and in the decision's weight (`trajectory_weights`).
     """
     alive = traj["cont"][:-1].unflatten(0, (-1, k)).cumprod(1)  # [H/k, k, N]
     abstract = {"action": traj["skill"][::k]}
@@ -640,7 +645,7 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 
 # ---- World model, goal autoencoder, actor-critic --------------------------------------------
 def autocast(config: Config) -> torch.autocast:
-    """Mixed precision for forward passes; a context must not span an optimizer's step."""
+    """Mixed precision for forward passes; it ends before optimizers step, as it caches weights."""
     return torch.autocast(config.device, torch.bfloat16, config.precision == "bfloat16")
 
 
@@ -696,10 +701,11 @@ class WorldModel(nn.Module):
     def kl_loss(self, states: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """The weighted KL between posterior and prior, [B, T], and metrics."""
         kl = balanced_kl(states["post"], states["prior"], 0.8)
+        loss = self.kl_adapt(kl)
         metrics = {"kl": kl.mean(), "kl_scale": self.kl_adapt.scale}
         for key in ("prior", "post"):
             metrics[f"{key}_ent"] = OneHot(states[key]).entropy().sum(-1).mean()
-        return self.kl_adapt(kl), metrics
+        return loss, metrics
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict, dict]:
         """Paper, eq. 2, on chunks [B, T, ...]: loss, states [B, T, ...], metrics."""
@@ -730,6 +736,8 @@ class GoalAutoencoder(nn.Module):
         self.size = config.deter  # of a goal
         self.encoder = MLP(config.deter, self.groups, config)
         self.decode = MLP(math.prod(self.groups), (config.deter,), config)  # [..., GL] -> [..., D]
+        # In nats; an 8x8 code holds at most 16.6. Codes that hold less than 10 never reach the
+        # target, so that the weight of their KL falls to its minimum.
         self.kl_adapt = AutoAdapt((), target=10.0, low=1e-5, high=1.0)
 
     def encode(self, deter: Tensor) -> OneHot:
@@ -749,7 +757,7 @@ class GoalAutoencoder(nn.Module):
     def novelty(self, deter: Tensor) -> Tensor:
         """Exploration reward: the error of reconstructed states, [..., D] -> [...] (eq. 6)."""
         skill = self.encode(deter).rsample().flatten(-2)
-        # The mean over D, as in the official program, where the loss is the sum.
+        # The mean over D, while the loss is the sum; the official program does both.
         return ((self.decode(skill) - deter) ** 2).mean(-1)
 
 
@@ -757,8 +765,10 @@ class ActorCritic(nn.Module):
     """An actor, and a critic for each kind of reward, that learn from imagined trajectories.
 
     keys, feat_size: the parts of a state that both read, and their total size. action_shape:
-    (classes,) or (groups, classes) if discrete, else (dimensions,). rewards: their weights. Actors
-    of continuous actions learn by back-propagated returns unless `reinforce`; others by REINFORCE.
+    (classes,) or (groups, classes) if discrete, else (dimensions,). rewards: the weights of their
+    advantages; each advantage is divided by the standard deviation of its returns first, so that
+    the scale of a reward has no effect. Actors of continuous actions learn by back-propagated
+    returns unless `reinforce`; others by REINFORCE.
     """
 
     def __init__(self, keys: tuple, feat_size: int, action_shape: tuple, discrete: bool,
@@ -830,8 +840,8 @@ class ActorCritic(nn.Module):
                 self.slow[name].load_state_dict(critic.state_dict())
                 with autocast(self.config):
                     ret, baseline = self.returns(name, feat, traj)
-            # The baseline is not detached, as in the official program: where returns are
-            # back-propagated, actions get a gradient from the values of later states, too.
+            # The baseline V(s[t]) is not detached, as in the official program. Where returns are
+            # back-propagated, the action that led to s[t] gets the gradient of -V(s[t]), too.
             normalize = self.returnnorm[name]
             advantage = normalize(ret) - normalize(baseline, update=False)
             metrics[f"{name}_advantage"] = advantage.mean()
@@ -844,7 +854,8 @@ class ActorCritic(nn.Module):
             with autocast(self.config):
                 dist = self.dist(self.feat(traj)[:-1].detach())
             action = traj["action"][:-1].detach().unflatten(-1, self.action_shape)
-            log_prob = dist.log_prob(action).reshape(*weight.shape, -1).sum(-1)  # [H, N]
+            log_prob = dist.log_prob(action)  # [H, N], or [H, N, groups or dimensions]
+            log_prob = log_prob.reshape(*weight.shape, -1).sum(-1)  # [H, N]
             loss = -log_prob * advantage.detach()
             entropy = normalized_entropy(dist)
         else:  # back-propagation through the imagined dynamics
@@ -922,7 +933,7 @@ class Director(nn.Module):
             optimizer.load_state_dict(state["optimizers"][key])
             for group in optimizer.param_groups:  # capturable: variants/graph.py sets it
                 group.update(lr=self.config.learning_rate, capturable=False)
-            for param, values in optimizer.state.items():  # fused steps do not check this
+            for param, values in optimizer.state.items():  # fused steps do not compare shapes
                 if any(x.shape not in ((), param.shape) for x in values.values()):
                     raise ValueError(f"the optimizer of {key} has other shapes")
 
@@ -972,6 +983,10 @@ class Director(nn.Module):
         found = {key: np.shape(obs[key])[1:] for key in expected if key in obs}
         if found != expected:
             raise ValueError(f"policy needs {expected} of each environment, but got {found}")
+        if "image" in obs and np.asarray(obs["image"]).dtype != np.uint8:
+            raise ValueError("policy needs images of dtype uint8, 0 to 255")
+        if mode not in ("train", "eval"):
+            raise ValueError(f"mode {mode!r}: must be 'train' or 'eval'")
         obs = {"is_first": np.zeros(len(obs[model.encoder.keys[0]]), bool), **obs}
         if state is None:
             obs = {**obs, "is_first": np.ones_like(obs["is_first"])}
@@ -1005,6 +1020,7 @@ class Director(nn.Module):
                     state = {**state, "deter": deter, "stoch": stoch}
                 detached = {key: value.detach() for key, value in state.items()}
                 chosen = self.choose(detached, np.full(len(state["deter"]), t))  # eq. 5
+                # A goal that the caller has given stays.
                 chosen = {key: value for key, value in chosen.items() if key not in starts}
                 dist = self.worker.dist(self.worker.feat({**detached, **chosen}))  # eq. 7
                 state = {**state, **chosen, "action": dist.rsample()}
@@ -1217,6 +1233,8 @@ def train(config: Config, agent: type = Director) -> int:
     with vector_envs(config, config.envs) as envs:
         run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
         env_seed = run.reseed()
+        # driver.rows is what each environment shows now, with the action that led there (zeros in
+        # the first step of an episode). A reset takes a step of its own.
         driver = Driver(envs, env_seed)
         if run.step:
             run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
@@ -1239,7 +1257,7 @@ def train(config: Config, agent: type = Director) -> int:
 
                 # Learn. An error in here leaves parameters of different steps.
                 run.update_complete = False
-                if run.step > config.prefill:
+                if run.step >= config.prefill:
                     for _ in range(run.times_due(config.train_every)):
                         batch = run.replay.sample(config.batch_size, config.batch_length)
                         run.metrics.append(train_step(batch))
@@ -1307,10 +1325,11 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
 
 # ---- A run's folder: metrics, checkpoints, signals ------------------------------------------
 # How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which notes the signal and
-# interrupts a step of the environments. Otherwise the loop in `train` finishes its step, since
-# Run.should_continue() is false. Its `finally` calls Run.close(), which saves a checkpoint, also
-# after errors of environments and closed pipes. A second signal of the same kind ends the program
-# without saving. After an error or a NaN inside a gradient step, update_complete prevents saving.
+# interrupts a step of the environments. Otherwise the loop in `train` completes its iteration, and
+# ends because Run.should_continue() is false. Its `finally` calls Run.close(), which saves a
+# checkpoint, also after errors of environments and closed pipes. A second signal of the same kind
+# ends the program without saving. After an error or a NaN inside a gradient step, update_complete
+# prevents saving.
 
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
     """The agent trained in a folder, with its settings except these flags; raises UserError.
@@ -1346,7 +1365,7 @@ class Run:
         self.handlers = {}  # of signals, before this run
         self.lock_folder()
         if self.checkpoint.exists():
-            self.agent = load(self.checkpoint.parent, agent, **dataclasses.asdict(config))
+            self.agent = load(run_folder(config, agent), agent, **dataclasses.asdict(config))
             refuse_other_spaces(self.agent, obs_space, act_space)
             if self.agent.resumed_from["run_id"] != read_settings(self.logdir)["run_id"]:
                 raise UserError(f"{self.checkpoint} is of another run than config.json beside it")
@@ -1434,6 +1453,7 @@ class Run:
         self.interruptible = False
         try:
             self.save()
+            # `train` calls this in a `finally`, so an exception may be on its way.
             interrupted = self.received_signals or sys.exc_info()[0]
             if interrupted and self.step == self.last_save > 0:
                 with contextlib.suppress(OSError):  # stderr may be full or closed
@@ -1445,7 +1465,7 @@ class Run:
             self.logger.close()
 
     def times_due(self, every: int) -> int:
-        """How many multiples of `every` were reached with the last step of the environments."""
+        """How many multiples of `every` were reached with the step that `record` has added."""
         return self.step // every - (self.step - self.config.envs) // every
 
     def record(self, driver: Driver):
@@ -1511,7 +1531,7 @@ Director.Replay, Director.Run = Replay, Run
 
 # ---- The command line -----------------------------------------------------------------------
 def keep_freed_memory():
-    """Let glibc keep large buffers that were freed (size xs: 1.51 -> 1.09 s per train step)."""
+    """Let glibc keep large buffers that were freed; clearing new ones takes time."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1227,6 +1227,19 @@ def test_random_actions_last_until_the_flag_while_training_starts_after_prefill(
     assert [line["train/grad_steps"] for line in lines] == [0, 0, 6, 13]
 
 
+def test_a_gradient_step_precedes_the_first_choice_of_the_policy(tmp_path, monkeypatch):
+    chosen, policy = [], Director.policy
+
+    def record(self, *args):
+        chosen.append(self.grad_steps)
+        return policy(self, *args)
+
+    monkeypatch.setattr(Director, "policy", record)
+    flags = [*RUN, "--prefill=48", "--steps=64", f"--logdir={tmp_path}"]
+    assert director.main([*flags, "--task=gym_CartPole-v1"]) == 0
+    assert chosen[0] == 1 and len(chosen) == (64 - 48) / 2 + 1
+
+
 def test_reports_print_the_returns_since_the_last_one_and_metrics_keep_each(tmp_path, capsys):
     flags = [*RUN, "--task=gym_CartPole-v1", "--steps=300", f"--logdir={tmp_path}"]
     assert director.main(flags) == 0
@@ -1417,6 +1430,7 @@ def test_a_trained_agent_loads_and_acts_without_its_environment_after_its_folder
 @pytest.mark.slow
 def test_a_variant_has_flags_a_folder_and_checkpoints_of_its_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "curious.py").write_text(f"""
+from __future__ import annotations  # with it, dataclasses know types by their names only
 import dataclasses, sys
 sys.path.insert(0, {str(HERE)!r})
 import director
@@ -1444,6 +1458,8 @@ if __name__ == "__main__":
     agent = importlib.import_module("curious").Agent
     assert director.main([*task, "--steps=150"], agent) == 2
     assert "--thirst 2.0, not 0.5" in capsys.readouterr().err
+    assert director.main([*task, "--thirst=-1"], agent) == 2
+    assert "--thirst -1.0: must be from 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         director.main(["--help"], agent)
     printed = capsys.readouterr().out
@@ -2111,4 +2127,9 @@ def test_a_wrong_observation_for_the_policy_gets_the_expected_shapes():
                 {"image": image, "state": np.zeros((2, 4))}, {}):
         with pytest.raises(ValueError, match=r"needs \{'image': \(64, 64, 3\), 'state': \(3,\)\}"):
             agent.policy(obs)
-    assert agent.policy({"image": image, "state": np.zeros((2, 3))})[0].shape == (2, 3)
+    obs = {"image": image, "state": np.zeros((2, 3))}
+    assert agent.policy(obs)[0].shape == (2, 3)
+    with pytest.raises(ValueError, match="dtype uint8"):
+        agent.policy({**obs, "image": np.float32(image) / 255})  # it would be divided twice
+    with pytest.raises(ValueError, match="mode 'evaluate': must be 'train' or 'eval'"):
+        agent.policy(obs, mode="evaluate")
