@@ -165,7 +165,8 @@ class Mixed(gymnasium.Env):
 
     def step(self, action):
         self.steps += 1
-        return self.observe(), float(action[1]), False, self.steps >= 9, {"action": action}
+        self.action = action
+        return self.observe(), float(action[1]), False, self.steps >= 9, {}
 
     def observe(self):
         image = np.full((80, 96, 3), 10 * self.steps, np.uint8)

@@ -37,10 +37,8 @@ and from which `split_trajectory` and `abstract_trajectory` make the worker's an
     reward_<name>   [H, N]             reward for action t, a function of state t+1
 """
 
-import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import io
 import itertools
@@ -52,7 +50,6 @@ import re
 import signal
 import sys
 import time
-import typing
 
 import numpy as np
 import torch
@@ -61,6 +58,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from envs import CANNOT_WRITE, UserError, pictures, write_file  # envs/ has to be beside this file
+from envs.flags import check_values, fastest_precision, keep_freed_memory, parse_args
 from envs.folder import Lock, agent_name, read_run, read_settings, reading, run_folder, run_names
 from envs.log import Logger
 from envs.make import choose_quality, refuse_other_spaces, vector_envs
@@ -165,60 +163,10 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.precision == "auto":
-            if self.device == "cuda":
-                native = torch.cuda.is_bf16_supported(including_emulation=False)
-            else:
-                found = torch.cpu.get_capabilities()
-                native = found.get("amx_bf16") or found.get("bf16")
-                if "Intel" not in found.get("cpu_name", ""):  # on Intel, only AMX is faster
-                    native = native or found.get("avx512_bf16")
-            self.precision = "bfloat16" if native else "float32"
-        types = typing.get_type_hints(type(self))  # field.type may be a string
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            choices = field.metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(f"--{field.name} {value}: choose from {', '.join(choices)}")
-            low, high = field.metadata["low"], field.metadata["high"]
-            if types[field.name] in (int, float) and not low <= value <= high:
-                raise UserError(f"--{field.name} {value}: must be from {low} to {high:g}")
+            self.precision = fastest_precision(self.device)
+        check_values(self)
         if self.agent == "director" and self.horizon % self.goal_duration:
             raise UserError(f"--horizon {self.horizon}: not a multiple of --goal_duration")
-
-
-def parse_args(argv: list[str] | None, config: type) -> dict:
-    """The flags that are given on the command line, and only those; raises UserError."""
-
-    def integer(text: str) -> int:
-        if not float(text).is_integer():  # people write --steps 1e6
-            raise ValueError
-        return int(float(text))
-
-    def fail(message: str):
-        raise UserError(message)
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
-    group = parser
-    types = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        meta = field.metadata
-        kind = types[field.name]
-        if meta["group"]:
-            group = parser.add_argument_group(meta["group"])
-        default = field.default
-        if default is None:
-            default = ", ".join(f"{size} {x[field.name]}" for size, x in config.sizes.items())
-        text = meta["text"] if default == "" else f"{meta['text']} [{default}]"
-        settings = {"default": argparse.SUPPRESS, "help": text}
-        if kind is bool:
-            settings |= {"action": "store_true"}
-        else:
-            choices = meta["choices"]
-            settings |= {"type": integer if kind is int else kind,
-                         "metavar": f"{{{','.join(choices)}}}" if choices else ""}
-        group.add_argument(f"--{field.name}", **settings)
-    return vars(parser.parse_args(argv))
 
 
 # ---- Numerics and distributions -------------------------------------------------------------
@@ -987,12 +935,18 @@ class Director(nn.Module):
             raise ValueError("policy needs images of dtype uint8, 0 to 255")
         if mode not in ("train", "eval"):
             raise ValueError(f"mode {mode!r}: must be 'train' or 'eval'")
-        obs = {"is_first": np.zeros(len(obs[model.encoder.keys[0]]), bool), **obs}
+        amount = len(obs[model.encoder.keys[0]])
+        obs = {"is_first": np.zeros(amount, bool), **obs}
         if state is None:
-            obs = {**obs, "is_first": np.ones_like(obs["is_first"])}
-            state = {key: torch.zeros(len(obs["is_first"]), size, device=self.config.device)
+            obs["is_first"] = np.ones(amount, bool)
+            state = {key: torch.zeros(amount, size, device=self.config.device)
                      for key, size in self.sizes.items()}
             state["count"] = 0
+        first = np.asarray(obs["is_first"])
+        if first.dtype != bool or first.shape != (amount,) or len(state["deter"]) != amount:
+            raise ValueError(f"policy needs is_first, {amount} bools, and a state of as many "
+                             f"environments, but got {first.dtype} {first.shape} and a state of "
+                             f"{len(state['deter'])}")
         observed = self.tensors({key: obs[key] for key in ("is_first", *model.encoder.keys)})
         with autocast(self.config):
             last = (state[key] for key in ("deter", "stoch", "action"))
@@ -1232,15 +1186,15 @@ def train(config: Config, agent: type = Director) -> int:
     print(f"Starting {config.envs} environments of {config.task}", flush=True)
     with vector_envs(config, config.envs) as envs:
         run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
-        env_seed = run.reseed()
-        # driver.rows is what each environment shows now, with the action that led there (zeros in
-        # the first step of an episode). A reset takes a step of its own.
-        driver = Driver(envs, env_seed)
-        if run.step:
-            run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
-                            config.skip_missing)
-        run.open()
         try:
+            env_seed = run.reseed()
+            # driver.rows is what each environment shows now, with the action that led there (zeros
+            # in the first step of an episode). A reset takes a step of its own.
+            driver = Driver(envs, env_seed)
+            if run.step:
+                run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
+                                config.skip_missing)
+            run.open()
             state = None  # of the policy
             train_step = run.agent.train_step
             if config.device == "cuda" and agent is Director and not config.eager:
@@ -1279,6 +1233,8 @@ def train(config: Config, agent: type = Director) -> int:
                     action, state = run.agent.policy(driver.rows, state)
                     action = action.cpu().numpy()
                 run.interruptible = True
+                if run.received_signals:  # one came while it was not
+                    break
                 driver.step(action, state)
                 run.interruptible = False
         except KeyboardInterrupt:
@@ -1296,6 +1252,8 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
 
     Other settings are those of the run, except `flags`, and device and precision as in `load`.
     """
+    if config.eval < 1:
+        raise UserError(f"--eval {config.eval}: must be at least one episode")
     logdir = run_folder(config, agent)
     loaded = load(logdir, agent, **(flags or {}))
     with vector_envs(loaded.config, 1) as envs:
@@ -1318,8 +1276,8 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
                                    logdir / "pictures/eval")
             elif driver.length[0] and driver.length[0] % 1000 == 0:
                 print(f"episode {len(scores) + 1}: step {driver.length[0]}", flush=True)
-    result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
-    write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
+        result = {"mean": np.mean(scores), "std": np.std(scores), "scores": scores}
+        write_file(logdir / "eval.json", io.BytesIO(json.dumps(result).encode()))
     return scores
 
 
@@ -1337,6 +1295,9 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
     Device and precision are those of this machine unless flags name them. (The slash is there
     because `agent` and `logdir` are flags, too.)
     """
+    unknown = set(flags) - {field.name for field in dataclasses.fields(agent.Config)}
+    if unknown:
+        raise UserError(f"there is no setting {min(unknown)}")
     path = pathlib.Path(logdir) / "checkpoint.pt"
     flags = {key: value for key, value in flags.items() if value != "auto"}  # as if not given
     saved, arguments = read_run(path, agent, flags)
@@ -1363,14 +1324,13 @@ class Run:
         self.interruptible = False  # true while environments step
         self.received_signals = []
         self.handlers = {}  # of signals, before this run
+        self.logger = None  # until the run is opened
         self.lock_folder()
-        if self.checkpoint.exists():
-            self.agent = load(run_folder(config, agent), agent, **dataclasses.asdict(config))
-            refuse_other_spaces(self.agent, obs_space, act_space)
-            if self.agent.resumed_from["run_id"] != read_settings(self.logdir)["run_id"]:
-                raise UserError(f"{self.checkpoint} is of another run than config.json beside it")
-        else:
-            self.agent = agent(obs_space, act_space, config)
+        try:
+            self.agent = self.load_or_create(agent, obs_space, act_space)
+        except BaseException:  # a notebook would keep it, and the lock with it
+            self.lock.release()
+            raise
         self.run_id = self.agent.resumed_from.get("run_id") or os.urandom(8).hex()
         self.replay_dir = self.logdir / "replay" / self.run_id
         self.step = self.agent.resumed_from["step"]  # of all environments together, so far
@@ -1379,6 +1339,17 @@ class Run:
 
     def lock_folder(self):
         self.lock = Lock(self.logdir)
+
+    def load_or_create(self, agent: type, obs_space: spaces.Dict,
+                       act_space: spaces.Space) -> Director:
+        if not self.checkpoint.exists():
+            return agent(obs_space, act_space, self.config)
+        folder = run_folder(self.config, agent)
+        loaded = load(folder, agent, **dataclasses.asdict(self.config))
+        refuse_other_spaces(loaded, obs_space, act_space)
+        if loaded.resumed_from["run_id"] != read_settings(self.logdir)["run_id"]:
+            raise UserError(f"{self.checkpoint} is of another run than config.json beside it")
+        return loaded
 
     def open(self):
         """Continue the files of the run, and listen to signals."""
@@ -1455,14 +1426,15 @@ class Run:
             self.save()
             # `train` calls this in a `finally`, so an exception may be on its way.
             interrupted = self.received_signals or sys.exc_info()[0]
-            if interrupted and self.step == self.last_save > 0:
+            if self.logger and interrupted and self.step == self.last_save > 0:
                 with contextlib.suppress(OSError):  # stderr may be full or closed
                     print(f"Saved at step {self.step}; the same command resumes.", file=sys.stderr)
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.lock.release()
-            self.logger.close()
+            if self.logger:
+                self.logger.close()
 
     def times_due(self, every: int) -> int:
         """How many multiples of `every` were reached with the step that `record` has added."""
@@ -1530,19 +1502,12 @@ Director.Replay, Director.Run = Replay, Run
 
 
 # ---- The command line -----------------------------------------------------------------------
-def keep_freed_memory():
-    """Let glibc keep large buffers that were freed; clearing new ones takes time."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def main(argv: list[str] | None = None, agent: type = Director) -> int:
     """The command line; returns the exit code, which is 2 for a user's mistake."""
     with contextlib.suppress(AttributeError):  # without a terminal: None, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # letters that it cannot show
     try:
-        flags = parse_args(argv, agent.Config)
+        flags = parse_args(argv, agent.Config, __doc__.split("\n")[0])
         config = agent.Config(**flags)
         keep_freed_memory()
         if not config.eval:

@@ -57,7 +57,7 @@ from director import Config, Director, Driver, Replay
 from envs.dmc import DMControl
 from envs.grid import Corridor
 from envs.pin_pad import PinPad
-from envs.wrappers import IMAGE, resize
+from envs.wrappers import IMAGE, EnvironmentFailed, resize
 
 # ---- Configuration --------------------------------------------------------------------------
 
@@ -1039,11 +1039,11 @@ def test_the_state_of_a_dm_control_task_is_one_vector_of_all_its_observations():
 def test_a_dict_observation_becomes_an_image_and_a_state_vector():
     env = director.make_env("gym_Mixed-v0", Config(task="gym_Mixed-v0"))
     env.reset(seed=0)
-    obs, _, _, _, info = env.step(np.array([0.0, 1.0], np.float32))
+    obs = env.step(np.array([0.0, 1.0], np.float32))[0]
     assert (obs["image"] == 10).all() and obs["image"].shape == (64, 64, 3)
     # In the order of their names: gear, pose, speed.
     close(obs["state"], [0, 1, 0, 0, 0.25, 0.5, 0.75, 0.5, -0.5])
-    close(info["action"], [0.5, 3.0])
+    close(env.unwrapped.action, [0.5, 3.0])
 
 
 class Counter(gymnasium.Env):
@@ -1702,6 +1702,48 @@ def test_missing_replay_files_are_not_forgotten_unless_a_flag_says_so(tmp_path, 
     assert capsys.readouterr().out.count("Continuing without") == 1
 
 
+def test_a_program_can_train_in_a_folder_after_a_call_that_was_refused(tmp_path):
+    def config(*flags):
+        return Config(**director.parse_args([*RUN, f"--logdir={tmp_path}", *flags], Config))
+
+    assert director.train(config("--steps=120")) == 0
+    errors = []  # a notebook keeps the last one, and the frames of its traceback
+    for wrong in ("--units=8", "--envs=3"):
+        if wrong == "--envs=3":
+            next(tmp_path.glob("replay/*/*.npz")).unlink()
+        try:
+            director.train(config("--steps=140", wrong))
+        except director.UserError as error:
+            errors.append(error)
+    assert [word in str(error) for word, error in
+            zip(("--units 16, not 8", "1 of"), errors, strict=True)] == [True, True]
+    assert director.train(config("--steps=140", "--skip_missing")) == 0
+
+
+def test_settings_that_do_not_exist_and_evaluations_of_no_episode_are_refused(tmp_path):
+    assert director.main([*RUN, "--steps=60", f"--logdir={tmp_path}"]) == 0
+    with pytest.raises(director.UserError, match="there is no setting devic"):
+        director.load(tmp_path, devic="cpu")
+    with pytest.raises(director.UserError, match="at least one episode"):
+        director.evaluate(Config(logdir=str(tmp_path)))
+    assert not (tmp_path / "eval.json").exists()
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "loop/run"])
+def test_folders_that_cannot_be_used_get_one_line(name, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    flags = [*RUN, "--task=gym_envs.grid:Grid-v0", "--processes=no", "--steps=60"]
+    assert director.main([*flags, f"--logdir={tmp_path}/{name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("not UTF-8" in error or "cannot write" in error)
+
+
+def test_a_module_with_a_relative_name_is_refused_in_one_line(tmp_path, capsys):
+    assert director.main([*RUN, "--task=gym_./odd:Odd-v0", f"--logdir={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err
+    assert "./odd is not the name of a module" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("loss", ["folder", "replay"])
 def test_a_run_whose_folder_is_moved_or_deleted_says_so_and_saves_nothing(
         loss, tmp_path, monkeypatch, capsys):
@@ -1844,7 +1886,7 @@ def fail_in_step(monkeypatch):
 def test_an_evaluation_shows_the_traceback_of_an_environment_that_fails(tmp_path, fail_in_step):
     assert director.main([*RUN, "--task=gym_Faulty-v0", "--steps=120", f"--logdir={tmp_path}"]) == 0
     fail_in_step({20: "raise"})
-    with pytest.raises(ZeroDivisionError, match="the simulator is unstable"):
+    with pytest.raises(EnvironmentFailed, match="ZeroDivisionError: the simulator is unstable"):
         director.main([f"--logdir={tmp_path}", "--eval=1"])
 
 
@@ -1897,7 +1939,7 @@ def resumes(tmp_path, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "error", "words"), [
-    ("raise", ZeroDivisionError, "unstable"),
+    ("raise", EnvironmentFailed, "unstable"),
     ("reward", FloatingPointError, "reward is not finite"),
     ("obs", FloatingPointError, "state is not finite"),
     ("kill", (EOFError, ConnectionError), None)])
@@ -1937,7 +1979,7 @@ def test_a_signal_during_the_last_save_does_not_interrupt_it(tmp_path, fail_in_s
         return save(self, folder)
 
     monkeypatch.setattr(Replay, "save", interrupted)
-    with pytest.raises(ZeroDivisionError, match="unstable"):
+    with pytest.raises(EnvironmentFailed, match="unstable"):
         director.main([*RUN, "--task=gym_Faulty-v0", f"--logdir={tmp_path}", "--steps=5000"])
     signal.signal(signal.SIGTERM, before)
     assert director.load(tmp_path).resumed_from["step"] > 100
@@ -2133,3 +2175,9 @@ def test_a_wrong_observation_for_the_policy_gets_the_expected_shapes():
         agent.policy({**obs, "image": np.float32(image) / 255})  # it would be divided twice
     with pytest.raises(ValueError, match="mode 'evaluate': must be 'train' or 'eval'"):
         agent.policy(obs, mode="evaluate")
+    state = agent.policy(obs)[1]
+    for first in ([True], [1, 1], np.ones((2, 1), bool), True):  # some would be broadcast
+        with pytest.raises(ValueError, match="needs is_first, 2 bools"):
+            agent.policy({**obs, "is_first": first}, state)
+    with pytest.raises(ValueError, match="a state of 2"):
+        agent.policy({key: value[:1] for key, value in obs.items()}, state)

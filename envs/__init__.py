@@ -8,7 +8,8 @@ import pathlib
 
 # Errors of a full disk, a missing permission, an unsuitable path or a closed pipe.
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-                errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EPIPE}
+                errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+                errno.EPIPE}
 
 
 class UserError(ValueError):

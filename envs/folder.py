@@ -38,7 +38,12 @@ def run_folder(config, agent: type) -> pathlib.Path:
     """--logdir, or its default, from task, agent, size and seed."""
     name = "-".join(run_names(config, agent))
     default = f"runs/{config.task.replace('/', '-')}/{name}-{config.size}-{config.seed}"
-    return pathlib.Path(config.logdir or default).absolute()
+    folder = pathlib.Path(config.logdir or default).absolute()
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--logdir {ascii(str(folder))}: its name is not UTF-8") from error
+    return folder
 
 
 def read_settings(logdir: pathlib.Path) -> dict:
@@ -59,7 +64,8 @@ class Lock:
         names = [path.name for path in logdir.iterdir()
                  if path.name != "lock" and not path.name.startswith(".tmp-")]
         if names and not read_settings(logdir):
-            raise UserError(f"--logdir {logdir}: holds {min(names)}, no run; use another")
+            raise UserError(f"--logdir {logdir}: holds {min(names)}, but no run whose config.json "
+                            "can be read; use another folder")
         self.lock = filelock.FileLock(self.path)
         try:
             self.lock.acquire(blocking=False)
@@ -71,7 +77,8 @@ class Lock:
         """UserError if this is no longer the folder that was reserved, or its episodes are gone."""
         if (not replay_dir.exists() or not self.path.exists()
                 or not os.path.samestat(self.path.stat(), self.stat)):
-            raise UserError(f"{self.logdir} was moved or deleted; nothing is saved there")
+            raise UserError(f"{self.logdir}, its file lock or its replay was moved or deleted; "
+                            "nothing is saved there")
 
     def release(self):
         self.lock.release()

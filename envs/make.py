@@ -16,7 +16,7 @@ from envs.vector import side_by_side
 from envs.wrappers import (
     ActionRepeat,
     Checked,
-    explained_errors,
+    environment_errors,
     image_and_state,
     scale_actions,
     seed_global_generators,
@@ -38,7 +38,7 @@ def make_env(task: str, config, index: int = 0) -> gymnasium.Env:
     seed_global_generators(config.seed + index)
     in_process = multiprocessing.parent_process() is not None
     try:
-        with explained_errors():
+        with environment_errors():
             if suite == "dmc":
                 from envs.dmc import DMControl
                 env = DMControl(name, wanted, choose_quality(config, {}))
@@ -80,17 +80,24 @@ def import_module(name: str, logdir: str):
     Modules and packages inside the folder of a run are refused: a run of someone else must not run
     code.
     """
+    if name.startswith("."):
+        raise ImportError(f"{name} is not the name of a module")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if logdir:
-        run = pathlib.Path(logdir).resolve()
+        run = real_path(logdir)
         for folder in sys.path:
-            parent = pathlib.Path(folder).resolve()
+            parent = real_path(folder)
             for part in name.split("."):
                 if run in (parent, *parent.parents) and any(parent.glob(f"{part}*")):
                     raise ImportError(f"the module {name} is inside the run's folder {logdir}")
-                parent = (parent / part).resolve()
+                parent = real_path(parent / part)
     importlib.import_module(name)
+
+
+def real_path(path: str | pathlib.Path) -> pathlib.Path:
+    """Without links; unlike Path.resolve(), it accepts links that form a loop."""
+    return pathlib.Path(os.path.realpath(path))
 
 
 def choose_quality(config, settings: dict) -> str:

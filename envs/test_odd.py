@@ -1,5 +1,6 @@
 """Environments as people have them: what reaches the agent, and what is refused in which words."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from gymnasium import spaces
 import director
 import envs.vector
 from conftest import HERE, RUN, TINY_FLAGS
-from envs.wrappers import IMAGE, ActionRepeat, combine_actions
+from envs.wrappers import IMAGE, ActionRepeat, EnvironmentFailed, combine_actions
 
 VECTOR = spaces.Box(-10, 10, (2,), np.float32)
 
@@ -129,7 +130,46 @@ class UnknownSpace(WithMission):
 def test_text_and_other_spaces_are_left_out_in_one_line(env_class, capsys):
     env = make(env_class)
     assert list(env.reset()[0]) == ["image"]
-    assert capsys.readouterr().out == "Not observed, as it is neither image nor numbers: mission\n"
+    line = "Not observed, as it holds neither image nor numbers: mission\n"
+    assert capsys.readouterr().out == line
+
+
+class HalfClass(Odd):
+    observation_space = spaces.Discrete(5)
+
+    def observe(self):
+        return 2.7
+
+
+class HalfBits(Odd):
+    observation_space = spaces.MultiBinary(2)
+
+    def observe(self):
+        return [0.7, 0.2]
+
+
+class TooBright(Odd):
+    observation_space = spaces.Box(0, 1, (20, 20), np.uint8)
+
+    def observe(self):
+        return np.full((20, 20), 200, np.uint8)
+
+
+@pytest.mark.parametrize("env_class", [HalfClass, HalfBits, TooBright])
+def test_values_that_would_be_rounded_or_wrap_around_are_errors(env_class):
+    with pytest.raises((TypeError, ValueError), match="the environment returned observation"):
+        make(env_class).reset()
+
+
+class PartlyEmpty(Odd):
+    observation_space = spaces.Dict({"speed": VECTOR, "objects": spaces.Box(0, 1, (0,))})
+
+    def observe(self):
+        return {"speed": np.ones(2, np.float32), "objects": np.zeros(0, np.float32)}
+
+
+def test_arrays_without_numbers_are_left_out():
+    assert make(PartlyEmpty).reset()[0]["state"].tolist() == [1, 1]
 
 
 def space(*shape, dtype=np.uint8, high=255):
@@ -137,7 +177,8 @@ def space(*shape, dtype=np.uint8, high=255):
 
 
 @pytest.mark.parametrize(("observed", "word"), [
-    (spaces.Text(9), "Text"), (spaces.Dict(), "Dict()"), (spaces.Sequence(VECTOR), "Sequence"),
+    (space(0), "(0,)"), (spaces.Text(9), "Text"), (spaces.Dict(), "Dict()"),
+    (spaces.Sequence(VECTOR), "Sequence"),
     (space(4, 84, 84), "channel-first"), (space(84, 84, 4), "RGBA"),
     (space(64, 64, 3, dtype=np.float32), "An image is uint8"),
     (spaces.Dict({"left": IMAGE, "right": IMAGE}), "several images, left, right"),
@@ -245,6 +286,18 @@ def test_a_locked_actuator_gets_its_only_value():
         np.testing.assert_allclose(env.unwrapped.action, expected)
 
 
+class Narrow(Odd):
+    action_space = spaces.Box(np.array([0.17]), np.array([2.98]), dtype=np.float64)
+
+
+def test_scaled_actions_stay_within_bounds_in_spite_of_rounding():
+    env = make(Narrow)
+    env.reset()
+    for action in (-1.0, 1.0):
+        env.step(np.array([action]))
+        assert env.unwrapped.action_space.contains(env.unwrapped.action)
+
+
 class Unlimited(Odd):
     action_space = spaces.Box(*np.float32([[-3.4e38], [3.4e38]]))
 
@@ -291,14 +344,20 @@ class TwoRewards(Odd):
         return np.array([1.0, 2.0])
 
 
+class TextReward(Odd):
+    def reward(self):
+        return "3"
+
+
 def test_a_reward_in_an_array_is_its_number_and_other_shapes_are_named():
     env = make(ArrayReward)
     env.reset()
     assert env.step(0)[1] == 1.5
-    env = make(TwoRewards)
-    env.reset()
-    with pytest.raises(TypeError, match=r"reward has shape \(2,\)"):
-        env.step(0)
+    for env_class in (TwoRewards, TextReward):
+        env = make(env_class)
+        env.reset()
+        with pytest.raises(TypeError, match="reward is .*; it has to be one number"):
+            env.step(0)
 
 
 class Endless(Odd):
@@ -345,6 +404,21 @@ class NoAnswer(Odd):
         raise TimeoutError("the simulator did not answer")
 
 
+class Memory(Odd):
+    def step(self, action):
+        raise RuntimeError("the robot has not enough memory slots")
+
+
+class PipeBroken(Odd):
+    def close(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+class ExitsAtTheEnd(Odd):
+    def close(self):
+        sys.exit(0)
+
+
 @pytest.mark.parametrize("env_class", [OldStep, OldReset])
 def test_an_environment_of_the_old_gym_api_gets_a_note_about_it(env_class):
     env = make(env_class)
@@ -353,9 +427,38 @@ def test_an_environment_of_the_old_gym_api_gets_a_note_about_it(env_class):
         env.reset()
         env.step(0)
 
-    with pytest.raises((TypeError, ValueError)) as error:
+    with pytest.raises(EnvironmentFailed, match="the old Gym API"):
         play()
-    assert "the old Gym API" in error.value.__notes__[0]
+
+
+class ManyInfos(Odd):
+    """Infos whose kinds and shapes change; vector environments would merge them, and fail."""
+
+    def step(self, action):
+        infos = [{"n": 1, "x": np.zeros(2)}, {"n": "fell", "x": np.zeros(3), "f": lambda: 0},
+                 {"n": None, "x": {"y": 1}}]
+        obs, reward, *ends, _ = super().step(action)
+        return obs, reward, *ends, infos[self.t % 3]
+
+
+def test_infos_of_any_kind_are_left_out(tmp_path):
+    gymnasium.registry.pop("ManyInfos-v0", None)
+    gymnasium.register("ManyInfos-v0", ManyInfos)
+    flags = [*RUN, "--task=gym_ManyInfos-v0", "--steps=60", f"--logdir={tmp_path}/run"]
+    assert director.main(flags) == 0
+
+
+@pytest.mark.parametrize("env_class", [PipeBroken, ExitsAtTheEnd])
+def test_an_evaluation_is_kept_if_the_environment_fails_to_close(env_class, tmp_path):
+    task = f"{env_class.__name__}-v0"
+    gymnasium.registry.pop(task, None)
+    gymnasium.register(task, env_class)
+    flags = [*RUN, f"--task=gym_{task}", "--steps=60", f"--logdir={tmp_path}/run"]
+    for more in ([], ["--eval=1"]):
+        with pytest.raises(EnvironmentFailed):
+            director.main([*flags, *more])
+    assert (tmp_path / "run/checkpoint.pt").exists()
+    assert json.loads((tmp_path / "run/eval.json").read_text())["scores"] == [20.0]
 
 
 # ---- Processes ------------------------------------------------------------------------------
@@ -406,7 +509,19 @@ class Raises(Odd):
             raise ZeroDivisionError("the simulator is unstable")
         return super().step(action)
 
-for env in (GlobalRandom, Engine, Hangs, Dies, Raises):
+class Unstable(Exception):
+    # Cannot be sent to another process, as pickle does not know its arguments.
+    def __init__(self, value, reason):
+        super().__init__(f"{{value}} is {{reason}}")
+        self.repeat = lambda: value
+
+class RaisesUnusual(Odd):
+    def step(self, action):
+        if self.t == 3:
+            raise Unstable("the simulator", "unstable")
+        return super().step(action)
+
+for env in (GlobalRandom, Engine, Hangs, Dies, Raises, RaisesUnusual):
     gymnasium.register(f"{{env.__name__}}-v0", env)
 gymnasium.register("Orphan-v0", lambda: Engine(closes=False))
 """
@@ -424,7 +539,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     sys.modules.pop("odd_module", None)
-    for name in ("GlobalRandom", "Engine", "Hangs", "Dies", "Raises", "Orphan"):
+    for name in ("GlobalRandom", "Engine", "Hangs", "Dies", "Raises", "RaisesUnusual", "Orphan"):
         gymnasium.registry.pop(f"{name}-v0", None)
 
 
@@ -518,7 +633,8 @@ def run_until_one_fails(folder, task):
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "words"), [
     ("Dies", ["RuntimeError: the process of environment", "died (SIGKILL)"]),
-    ("Raises", ["ZeroDivisionError: the simulator is unstable"])])
+    ("Raises", ["ZeroDivisionError: the simulator is unstable"]),
+    ("RaisesUnusual", ["Unstable: the simulator is unstable"])])
 def test_the_error_or_death_of_an_environment_in_a_process_is_named(task, words, background):
     error = (background / "error").read_text()
     assert all(word in error.strip().splitlines()[-1] for word in words), error
@@ -526,14 +642,15 @@ def test_the_error_or_death_of_an_environment_in_a_process_is_named(task, words,
 
 @pytest.mark.parametrize(("env_class", "words"), [
     (Exits, "called sys.exit"), (NoLevel, "No such file or directory: '/no/level'"),
-    (NoAnswer, "the simulator did not answer")])
+    (NoAnswer, "the simulator did not answer"), (Memory, "not enough memory slots"),
+    (PipeBroken, "Broken pipe"), (ExitsAtTheEnd, "called sys.exit")])
 def test_exits_and_system_errors_of_environments_are_errors_of_environments(
         env_class, words, tmp_path):
     task = f"{env_class.__name__}-v0"
     gymnasium.registry.pop(task, None)
     gymnasium.register(task, env_class)
-    with pytest.raises(RuntimeError, match=words):
-        director.main([*RUN, f"--task=gym_{task}", f"--logdir={tmp_path}/run"])
+    with pytest.raises(EnvironmentFailed, match=words):
+        director.main([*RUN, f"--task=gym_{task}", "--steps=60", f"--logdir={tmp_path}/run"])
 
 
 def test_a_module_inside_the_folder_of_a_run_is_not_imported(module, capsys):
@@ -579,4 +696,5 @@ BACKGROUND = {  # see conftest.py
     f"{HANGING}[no]": lambda folder: interrupt_hanging(folder, "no"),
     f"{NAMED}[Dies-words0]": lambda folder: run_until_one_fails(folder, "Dies"),
     f"{NAMED}[Raises-words1]": lambda folder: run_until_one_fails(folder, "Raises"),
+    f"{NAMED}[RaisesUnusual-words2]": lambda folder: run_until_one_fails(folder, "RaisesUnusual"),
     "test_a_script_without_the_main_guard_is_told_about_it": run_script_without_guard}

@@ -16,6 +16,8 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from PIL import Image
 
+from envs import UserError
+
 IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 
 LEAST_SIDE = 16  # pixels; smaller arrays are boards or grids of symbols, which are numbers
@@ -46,7 +48,7 @@ def image_and_state(env: gymnasium.Env, wanted: str, quiet: bool = True) -> gymn
     numbers = [path for path, kind in kinds.items() if kind in ("numbers", "refused")]
     others = [path for path, kind in kinds.items() if kind == "other"]
     if others and not quiet:
-        print("Not observed, as it is neither image nor numbers: "
+        print("Not observed, as it holds neither image nor numbers: "
               f"{', '.join(map(name_of, others))}", flush=True)
     available = ["image"] * bool(images) + ["state"] * bool(numbers)
     if not available:
@@ -109,6 +111,8 @@ def kind_of(leaf: spaces.Space) -> str:
     if not isinstance(leaf, spaces.Box):
         return "other"
     shape = leaf.shape
+    if math.prod(shape) == 0:
+        return "other"
     if len(shape) <= 1:
         return "numbers"
     picture = len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,))
@@ -123,19 +127,19 @@ def kind_of(leaf: spaces.Space) -> str:
 
 def flatten(name: str, leaf: spaces.Space, value) -> np.ndarray:
     """The numbers of a leaf, [n]; discrete ones as one-hot vectors."""
+    array = np.asarray(value)
+    accepted = "biuf" if leaf.dtype.kind == "f" else "biu"  # floats would be rounded
+    if array.shape != leaf.shape or array.dtype.kind not in accepted:
+        raise mismatch(name, leaf, array)
+    converted = array.astype(leaf.dtype)
+    if leaf.dtype.kind != "f" and (array != converted).any():  # too large for it
+        raise mismatch(name, leaf, array)
     if isinstance(leaf, spaces.Box):
-        array = np.asarray(value)
-        accepted = "biuf" if leaf.dtype.kind == "f" else "biu"  # floats would be rounded
-        if array.shape != leaf.shape or array.dtype.kind not in accepted:
-            raise mismatch(name, leaf, array)
-        converted = array.astype(leaf.dtype)
-        if leaf.dtype.kind != "f" and (array != converted).any():  # too large for it
-            raise mismatch(name, leaf, array)
         return converted.ravel()
-    value = np.asarray(value, leaf.dtype) if np.shape(value) else leaf.dtype.type(value)
-    if not leaf.contains(value):
+    converted = converted if converted.shape else converted[()]  # Discrete wants a scalar
+    if not leaf.contains(converted):
         raise ValueError(f"the environment returned {name} as {value}, which is not in {leaf}")
-    return spaces.flatten(leaf, value)
+    return spaces.flatten(leaf, converted)
 
 
 def resize(name: str, leaf: spaces.Box, value) -> np.ndarray:
@@ -145,13 +149,16 @@ def resize(name: str, leaf: spaces.Box, value) -> np.ndarray:
         raise mismatch(name, leaf, image)
     high = max(1, int(leaf.high.max()))
     if high != 255:
+        if image.max() > high:
+            raise ValueError(f"the environment returned {name} with a value of {image.max()}, but "
+                             f"its observation_space says at most {high}")
         image = np.uint8(image * (255 / high))
     image = image[:, :, 0] if image.shape[2:] == (1,) else image
     image = Image.fromarray(image).convert("RGB")
     return np.asarray(image.resize((64, 64), Image.Resampling.BOX))
 
 
-def mismatch(name: str, leaf: spaces.Box, array: np.ndarray) -> TypeError:
+def mismatch(name: str, leaf: spaces.Space, array: np.ndarray) -> TypeError:
     return TypeError(
         f"the environment returned {name} as {array.dtype} {array.shape}, but its "
         f"observation_space says {leaf.dtype} {leaf.shape}")
@@ -167,7 +174,7 @@ def scale_actions(env: gymnasium.Env) -> gymnasium.Env:
     center, half = high / 2 + low / 2, high / 2 - low / 2
     space = spaces.Box(-1, 1, low.shape, dtype)
     return gymnasium.wrappers.TransformAction(
-        env, lambda action: (center + half * action).astype(dtype), space)
+        env, lambda action: (center + half * action).clip(low, high).astype(dtype), space)
 
 
 def combine_actions(env: gymnasium.Env) -> gymnasium.Env:
@@ -214,7 +221,11 @@ def seed_global_generators(seed: int):
 
 
 class Checked(gymnasium.Wrapper, RecordConstructorArgs):
-    """Turns what environments do against the interface into numbers or into errors that say so."""
+    """Turns what environments do against the interface into numbers or into errors that say so.
+
+    It drops what they return as info, which Director does not use: vector environments would merge
+    it, and fail if its kinds or shapes change.
+    """
 
     def __init__(self, env: gymnasium.Env):
         RecordConstructorArgs.__init__(self)
@@ -223,32 +234,43 @@ class Checked(gymnasium.Wrapper, RecordConstructorArgs):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             seed_global_generators(seed)
-        with explained_errors():
-            obs, info = self.env.reset(seed=seed, options=options)
-        return obs, info
+        with environment_errors():
+            obs, _ = self.env.reset(seed=seed, options=options)
+        return obs, {}
 
     def step(self, action):
-        with explained_errors():
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        if np.size(reward) != 1:
-            raise TypeError(f"the environment's reward has shape {np.shape(reward)}; it has to be "
-                            "one number")
-        return obs, np.asarray(reward).item(), bool(terminated), bool(truncated), info
+        with environment_errors():
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+        number = np.asarray(reward)
+        if number.size != 1 or number.dtype.kind not in "biuf":
+            raise TypeError(f"the environment's reward is {reward!r}; it has to be one number")
+        return obs, number.item(), bool(terminated), bool(truncated), {}
+
+    def close(self):
+        with environment_errors():
+            return self.env.close()
+
+
+class EnvironmentFailed(Exception):
+    """An error of an environment, as a text, so that any of them can be sent between processes."""
 
 
 @contextlib.contextmanager
-def explained_errors():
-    """Errors of environments that would be taken for something else, and the old Gym API."""
+def environment_errors():
+    """Raise EnvironmentFailed for errors of an environment, but not for those that users can mend.
+
+    So no error of an environment is taken for one of Director's, such as a full disk.
+    """
     try:
         yield
-    except SystemExit as error:
-        raise RuntimeError("the environment called sys.exit") from error
-    except OSError as error:
-        raise RuntimeError(f"the environment failed: {error}") from error
-    except (TypeError, ValueError) as error:
-        if "to unpack" in str(error) or "unexpected keyword argument" in str(error):
-            error.add_note(
-                "If the environment follows the old Gym API: Director needs that of gymnasium, "
-                "reset(seed=, options=) -> obs, info; step(action) -> obs, reward, terminated, "
-                "truncated, info.")
+    except (UserError, gymnasium.error.Error, ImportError, MemoryError):
         raise
+    except (Exception, SystemExit) as error:
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, SystemExit):
+            text = "it called sys.exit"
+        elif "to unpack" in text or "unexpected keyword argument" in text:
+            text += (" (If the environment follows the old Gym API: Director needs that of "
+                     "gymnasium, reset(seed=, options=) -> obs, info; step(action) -> obs, reward, "
+                     "terminated, truncated, info.)")
+        raise EnvironmentFailed(text) from error
