@@ -1110,11 +1110,13 @@ class Replay:
     def sample(self, batch_size: int, length: int) -> dict[str, np.ndarray]:
         """Draw chunks, arrays [B, T, ...], that start with is_first.
 
-        An episode is drawn uniformly from the finished ones (from the running ones while there are
-        no others), then a start in 0..len, clipped so that the chunk fits, which makes ends
-        frequent. If an episode is too short, the next one drawn follows.
+        An episode is drawn uniformly from the finished ones (until they hold as many steps as a
+        batch, also from the running ones), then a start in 0..len, clipped so that the chunk fits,
+        which makes ends frequent. If an episode is too short, the next one drawn follows.
         """
-        pool = list(self.episodes.values()) or [episode for _, episode in self.running.values()]
+        pool = list(self.episodes.values())
+        if sum(len(episode["reward"]) for episode in pool) < batch_size * length:
+            pool += [episode for _, episode in self.running.values()]
         pieces = []
         for _ in range(batch_size):
             missing = length

@@ -895,10 +895,22 @@ def test_replay_joins_short_episodes_in_a_chunk_and_marks_them_by_is_first():
     assert set(batch["state"][..., 0].flat) == {0, 1, 2}
 
 
-def test_replay_samples_running_episodes_until_one_is_finished():
-    replay = Replay(100)
+def test_replay_samples_running_episodes_until_finished_ones_fill_a_batch():
+    replay = Replay(1000)
+
+    def sampled():
+        return {tuple(row) for _ in range(100) for row in
+                replay.sample(2, 8)["state"].reshape(-1, 2).tolist()}
+
     add_steps(replay, 0, 12, finished=False)
-    assert set(replay.sample(200, 4)["state"][..., 1].flat) == set(range(12))
+    assert sampled() == {(0, t) for t in range(12)}
+    replay = filled([3])
+    add_steps(replay, 1, 12, finished=False)
+    both = {(0, t) for t in range(3)} | {(1, t) for t in range(12)}
+    assert sampled() == both  # a single short episode is not all that is learned from
+    replay = filled([3, 13])
+    add_steps(replay, 2, 12, finished=False)
+    assert {episode for episode, _ in sampled()} == {0, 1}
 
 
 def test_replay_drops_the_oldest_episodes_first():

@@ -24,8 +24,8 @@ weights correct the bias, and imagination starts from the states that are drawn.
 
 What is left out: ranks and annealed importance weights (Schaul et al.). The authors' program for
 DreamerV2 also subtracts the least error so far, which the paper's formula does not. Checkpoints
-contain no priorities, so all steps are new to a resumed run. Until an episode has ended, running
-ones are replayed uniformly, as in director.py.
+contain no priorities, so all steps are new to a resumed run. Until the episodes that have ended
+fill a batch, all are replayed uniformly, as in director.py.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class Replay(director.Replay):
         """Chunks as in director.py, and place [B, T, 2]: name of the episode, step in it."""
         self.update()
         names = [name for name, total in self.total.items() if total > 0]
-        if not names:  # no episode has ended that has more than its first step
+        if sum(len(self.priority[name]) for name in names) < batch_size * length:
             return super().sample(batch_size, length)
         totals = np.array([self.total[name] for name in names])
         pieces = []
