@@ -1234,9 +1234,7 @@ def train(config: Config, agent: type = Director) -> int:
                 else:
                     action, state = run.agent.policy(driver.rows, state)
                     action = action.cpu().numpy()
-                run.interruptible = True
-                if run.received_signals:  # one came while it was not
-                    break
+                run.allow_interruption()
                 driver.step(action, state)
                 run.interruptible = False
         except KeyboardInterrupt:
@@ -1380,6 +1378,12 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
         if self.interruptible:
             self.interruptible = False
+            raise KeyboardInterrupt
+
+    def allow_interruption(self):
+        """From now on signals raise KeyboardInterrupt, also one that was received before."""
+        self.interruptible = True
+        if self.received_signals:
             raise KeyboardInterrupt
 
     def should_continue(self) -> bool:

@@ -1982,6 +1982,22 @@ def test_a_run_saves_and_stops_on_each_signal_and_resumes(number, tmp_path, fail
     assert signal.signal(number, before) == signal.SIG_DFL  # the handler from before the run
 
 
+def test_a_signal_shortly_before_a_step_of_the_environments_prevents_it(
+        tmp_path, fail_in_step, monkeypatch):
+    before, policy = signal.signal(signal.SIGTERM, signal.SIG_DFL), Director.policy
+
+    def interrupted(self, *args):
+        fail_in_step({1: "raise"})  # the next step would fail
+        os.kill(os.getpid(), signal.SIGTERM)
+        return policy(self, *args)
+
+    monkeypatch.setattr(Director, "policy", interrupted)
+    flags = [*RUN, "--task=gym_Faulty-v0", f"--logdir={tmp_path}", "--steps=5000"]
+    assert director.main(flags) == 128 + signal.SIGTERM
+    signal.signal(signal.SIGTERM, before)
+    assert director.load(tmp_path).resumed_from["step"] == 102
+
+
 def test_a_signal_during_the_last_save_does_not_interrupt_it(tmp_path, fail_in_step, monkeypatch):
     fail_in_step({120: "raise"})
     before, save = signal.signal(signal.SIGTERM, signal.SIG_DFL), Replay.save

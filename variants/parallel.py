@@ -86,6 +86,9 @@ class Run(director.Run):
         # Unlike director.py's, it keeps its handler: torchrun repeats a signal of the terminal.
         self.received_signals.append(number)
 
+    def allow_interruption(self):
+        """Nothing interrupts a step of the environments, since all processes stop together."""
+
     def should_continue(self) -> bool:
         signal = max(self.received_signals, default=0)
         news = torch.tensor([signal, self.step, -self.step])
