@@ -71,7 +71,8 @@ class Replay(director.Replay):
         """Chunks as in director.py, and place [B, T, 2]: name of the episode, step in it."""
         self.update()
         names = [name for name, total in self.total.items() if total > 0]
-        if sum(len(self.priority[name]) for name in names) < batch_size * length:
+        steps = sum(len(self.priority[name]) for name in names)
+        if not names or (self.running and steps < batch_size * length):
             return super().sample(batch_size, length)
         totals = np.array([self.total[name] for name in names])
         pieces = []
