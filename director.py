@@ -931,7 +931,7 @@ class Director(nn.Module):
         found = {key: np.shape(obs[key])[1:] for key in expected if key in obs}
         if found != expected:
             raise ValueError(f"policy needs {expected} of each environment, but got {found}")
-        if "image" in obs and np.asarray(obs["image"]).dtype != np.uint8:
+        if "image" in expected and np.asarray(obs["image"]).dtype != np.uint8:
             raise ValueError("policy needs images of dtype uint8, 0 to 255")
         if mode not in ("train", "eval"):
             raise ValueError(f"mode {mode!r}: must be 'train' or 'eval'")
@@ -1283,11 +1283,11 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
 
 # ---- A run's folder: metrics, checkpoints, signals ------------------------------------------
 # How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which notes the signal and
-# interrupts a step of the environments. Otherwise the loop in `train` completes its iteration, and
-# ends because Run.should_continue() is false. Its `finally` calls Run.close(), which saves a
-# checkpoint, also after errors of environments and closed pipes. A second signal of the same kind
-# ends the program without saving. After an error or a NaN inside a gradient step, update_complete
-# prevents saving.
+# interrupts a step of the environments. If it comes earlier in an iteration of `train`,
+# Run.allow_interruption() ends the loop before that step; if later, Run.should_continue() does.
+# The `finally` of `train` calls Run.close(), which saves a checkpoint, also after errors of
+# environments and closed pipes. A second signal of the same kind ends the program without saving.
+# After an error or a NaN inside a gradient step, update_complete prevents saving.
 
 def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Director:
     """The agent trained in a folder, with its settings except these flags; raises UserError.
@@ -1384,6 +1384,7 @@ class Run:
         """From now on signals raise KeyboardInterrupt, also one that was received before."""
         self.interruptible = True
         if self.received_signals:
+            self.interruptible = False
             raise KeyboardInterrupt
 
     def should_continue(self) -> bool:
@@ -1524,7 +1525,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
         message = str(error)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
-            raise  # an environment's, or ours
+            raise  # it is not the user's mistake
         message = f"cannot write to {error.filename or 'stdout or --logdir'}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
         if not re.search("(allocate|enough|out of) memory|Storage size|MemoryError", repr(error)):

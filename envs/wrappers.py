@@ -9,6 +9,7 @@
 import contextlib
 import math
 import random
+import re
 
 import gymnasium
 import numpy as np
@@ -132,8 +133,9 @@ def flatten(name: str, leaf: spaces.Space, value) -> np.ndarray:
     if array.shape != leaf.shape or array.dtype.kind not in accepted:
         raise mismatch(name, leaf, array)
     converted = array.astype(leaf.dtype)
-    if leaf.dtype.kind != "f" and (array != converted).any():  # too large for it
-        raise mismatch(name, leaf, array)
+    if leaf.dtype.kind != "f" and (array != converted).any():
+        raise ValueError(f"the environment returned {name} with a value that {leaf.dtype} cannot "
+                         "hold, the dtype of its observation_space")
     if isinstance(leaf, spaces.Box):
         return converted.ravel()
     converted = converted if converted.shape else converted[()]  # Discrete wants a scalar
@@ -259,7 +261,8 @@ class EnvironmentFailed(Exception):
 def environment_errors():
     """Raise EnvironmentFailed for errors of an environment, but not for those that users can mend.
 
-    So no error of an environment is taken for one of Director's, such as a full disk.
+    So none of them is taken for one of Director's, such as a full disk. Too little memory is one
+    that users can mend.
     """
     try:
         yield
@@ -269,7 +272,8 @@ def environment_errors():
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, SystemExit):
             text = "it called sys.exit"
-        elif "to unpack" in text or "unexpected keyword argument" in text:
+        elif isinstance(error, (TypeError, ValueError)) and re.search(
+                "to unpack|unexpected keyword argument", text):
             text += (" (If the environment follows the old Gym API: Director needs that of "
                      "gymnasium, reset(seed=, options=) -> obs, info; step(action) -> obs, reward, "
                      "terminated, truncated, info.)")

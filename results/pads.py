@@ -3,10 +3,10 @@
     python results/pads.py RUN [--episodes 10]      a run of --task pinpad_...
     python results/pads.py --random four            random actions, 50 episodes
 
-For each ten finished episodes, it prints their mean return, how often the player went from one pad
-to another in them, and how many of the possible histories, sequences of the last n pads, have been
-seen so far. The replay has to hold all episodes since the run began. Steps are those of finished
-episodes.
+For each ten finished episodes, it prints their mean return, their mean number of pad visits, and
+how many of the possible histories, sequences of the last n pads, have been seen so far. A visit is
+the arrival at a pad that is not the last one visited; the first pad of a player counts. The replay
+has to hold all episodes since the run began. Steps are those of finished episodes.
 """
 
 import argparse
@@ -79,21 +79,21 @@ def main(argv: list[str] | None = None):
     if (args.run is None) == (args.random is None):
         parser.error("give a run or --random")
     episodes = random_episodes(args.random) if args.random else replayed_episodes(args.run)
-    seen, steps, moves, scores = set(), 0, [], []
+    seen, steps, visits, scores = set(), 0, [], []
     for history, score in episodes:
         pads = history.shape[1]
-        # A new episode's or player's empty history is no move between pads.
+        # A player who is put elsewhere has an empty history, which is no visit.
         moved = (history[1:] != history[:-1]).any(1) & history[1:].any(1)
-        moves.append(int(moved.sum()))
+        visits.append(int(moved.sum()))
         scores.append(score)
         seen |= {tuple(row) for row in history[history.all(1)].tolist()}
         steps += len(history)
-        if len(moves) % args.episodes == 0:
+        if len(visits) % args.episodes == 0:
             possible = pads * (pads - 1) ** (pads - 1)
             print(f"{steps} steps: return {np.mean(scores[-args.episodes:]):.1f}, "
-                  f"{np.mean(moves[-args.episodes:]):.0f} moves between pads an episode, "
+                  f"{np.mean(visits[-args.episodes:]):.0f} pad visits an episode, "
                   f"{len(seen)} of {possible} histories seen so far")
-    if not moves:
+    if not visits:
         parser.exit(2, f"pads.py: {args.run}: holds no finished episode of Pin Pad\n")
 
 

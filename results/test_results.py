@@ -58,13 +58,14 @@ def test_goals_says_in_a_line_that_a_folder_holds_no_run(tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("observe", ["state", "image"])
-def test_pads_counts_moves_between_pads_and_histories(observe, tmp_path, capsys, monkeypatch):
+def test_pads_counts_pad_visits_and_histories(observe, tmp_path, capsys, monkeypatch):
     env = PinPad("three", observe=observe)
     env.reset(seed=0)
-    env.player, env.history = (1, 1), (1,)
+    env.player, env.history = (5, 1), ()  # beside pad 1
     observations, total = [env.render_observation()[observe]], 0.0
-    for action in 14 * [3] + 14 * [4] + 14 * [3] + 5 * [1] + 6 * [4] + 6 * [1]:
-        # to pad 3 on the right, to pad 1 on the left, to pad 3, then down and to the left to pad 2
+    for action in [4] + 14 * [3] + 14 * [4] + 14 * [3] + 5 * [1] + 6 * [4] + 6 * [1]:
+        # to pad 1, to pad 3 on the right, to pad 1 on the left, to pad 3, then down and to the left
+        # to pad 2
         obs, reward, *_ = env.step(action)
         observations.append(obs[observe])
         total += reward
@@ -77,7 +78,7 @@ def test_pads_counts_moves_between_pads_and_histories(observe, tmp_path, capsys,
         np.savez(tmp_path / f"replay/x/{name}.npz", is_last=is_last,
                  reward=np.full(steps, name / steps), **{observe: np.stack(observations)})
     text = run_program(monkeypatch, capsys, "results/pads.py", tmp_path, "--episodes=2")
-    assert text == (f"{2 * steps} steps: return 0.5, 4 moves between pads an episode, "
+    assert text == (f"{2 * steps} steps: return 0.5, 5 pad visits an episode, "
                     "3 of 12 histories seen so far\n")
     with pytest.raises(SystemExit) as raised:
         run_program(monkeypatch, capsys, "results/pads.py", tmp_path / "nothing")

@@ -24,8 +24,9 @@ weights correct the bias, and imagination starts from the states that are drawn.
 
 What is left out: ranks and annealed importance weights (Schaul et al.). The authors' program for
 DreamerV2 also subtracts the least error so far, which the paper's formula does not. Checkpoints
-contain no priorities, so all steps are new to a resumed run. Until the episodes that have ended
-fill a batch, all are replayed uniformly, as in director.py.
+contain no priorities, so all steps are new to a resumed run. While the episodes that have ended do
+not fill a batch and others are running, all are replayed uniformly, as in director.py, which does
+not count as visits.
 """
 
 import dataclasses
