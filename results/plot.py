@@ -40,10 +40,13 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "Director": "pinpad_three_state/director-*",
         "dreamer_v3": "pinpad_three_state/dreamer_v3-*",
         "dreamer_v3, --learning_rate 4e-4": "pinpad_three_state/dreamer_v3_learning_rate-*"}),
-    "pinpad_four": ("Pin Pad Four, all agents with the curriculum", 10_000, {
-        "Director": "pinpad_four/director_curriculum-*",
-        "Director without exploration reward": "pinpad_four/director_curriculum_no_exploration-*",
-        "flat agent": "pinpad_four/flat_curriculum-*"}),
+    "pinpad_four": ("Pin Pad Four", 10_000, {
+        "Director, --random 40000": "pinpad_four/director-*",
+        "flat agent, --random 40000": "pinpad_four/flat-*",
+        "Director, curriculum": "pinpad_four/director_curriculum-*",
+        "Director without exploration reward, curriculum":
+            "pinpad_four/director_curriculum_no_exploration-*",
+        "flat agent, curriculum": "pinpad_four/flat_curriculum-*"}),
     "pinpad_four_state": ("Pin Pad Four from state", 10_000, {
         "Director": "pinpad_four_state/director-*", "flat agent": "pinpad_four_state/flat-*"}),
     "walker_state": ("Walker walk from state", 10_000, {
