@@ -714,9 +714,9 @@ class ActorCritic(nn.Module):
 
     keys, feat_size: the parts of a state that both read, and their total size. action_shape:
     (classes,) or (groups, classes) if discrete, else (dimensions,). rewards: the weights of their
-    advantages; each advantage is divided by the standard deviation of its returns first, so that
-    the scale of a reward has no effect. Actors of continuous actions learn by back-propagated
-    returns unless `reinforce`; others by REINFORCE.
+    advantages; each advantage is divided by the standard deviation of its returns (at least 0.01)
+    first, so that the scale of a reward has no effect above that. Actors of continuous actions
+    learn by back-propagated returns unless `reinforce`; others by REINFORCE.
     """
 
     def __init__(self, keys: tuple, feat_size: int, action_shape: tuple, discrete: bool,
@@ -1115,8 +1115,10 @@ class Replay:
         which makes ends frequent. If an episode is too short, the next one drawn follows.
         """
         pool = list(self.episodes.values())
-        if sum(len(episode["reward"]) for episode in pool) < batch_size * length:
-            pool += [episode for _, episode in self.running.values()]
+        running = [episode for _, episode in self.running.values()]
+        finished_steps = self.steps - sum(len(episode["reward"]) for episode in running)
+        if finished_steps < batch_size * length:
+            pool += running
         pieces = []
         for _ in range(batch_size):
             missing = length
