@@ -17,7 +17,7 @@ From the paper to this file, in its order (`# ---- ` begins a part):
     The agent                 Director: choose (2.3, a goal every K steps), sample_skill (eq. 5),
                               act (2.4, eq. 7), imagine, reward_expl (eq. 6), reward_goal (eq. 8),
                               train_step
-    Replay                    Replay, of what envs/ makes of environments (make_env, Driver)
+    Replay                    Replay; environments are in envs/ (make_env, Driver)
     The training loop         train, evaluate
     A run's folder            load, Run: metrics, checkpoints, signals
     The command line          main
@@ -61,7 +61,7 @@ from envs import CANNOT_WRITE, UserError, pictures, write_file  # envs/ has to b
 from envs.flags import check_values, fastest_precision, keep_freed_memory, parse_args
 from envs.folder import Lock, agent_name, read_run, read_settings, reading, run_folder, run_names
 from envs.log import Logger
-from envs.make import choose_quality, refuse_other_spaces, vector_envs
+from envs.make import check_policy_input, choose_quality, refuse_other_spaces, vector_envs
 from envs.make import make_env as make_env  # for users of this module
 from envs.vector import SIGNALS, Driver
 
@@ -100,7 +100,7 @@ class Config:
     task: str = flag("dmc_walker_walk", "dmc_<domain>_<task>, pinpad_<three..eight>, gym_<id> or "
                      "gym_<module>:<id>", group="run", fixed=True)
     obs: str = flag("auto", "auto: pixels for dmc_ and pinpad_, everything for gym_",
-                    ("auto", "pixels", "state", "both"), fixed=True)
+                    ("auto", "pixels", "state", "both"))
     agent: str = flag("director", "dreamer: the flat baseline", ("director", "dreamer"), fixed=True)
     size: str = flag("auto", "values of SIZES; auto: paper on a GPU, else xs",
                      ("auto", *SIZES), fixed=True)
@@ -124,7 +124,7 @@ class Config:
                                "if the CPU renders", ("auto", "full", "fast"), fixed=True)
     prefill: int = flag(10_000, "random environment steps before training starts")
     random: int = flag(0, "actions stay random until this step, also after --prefill", low=0)
-    replay_size: int = flag(1_000_000, "environment steps to keep; oldest episodes leave first")
+    replay_size: int = flag(1_000_000, "steps to keep; the oldest finished episodes leave first")
     train_every: int = flag(None, "environment steps per gradient step")
     batch_size: int = flag(None, "replay chunks in a batch")
     batch_length: int = flag(None, "steps in a replay chunk")
@@ -135,7 +135,7 @@ class Config:
     units: int = flag(None, "units in the hidden layers of the MLPs", fixed=True)
     layers: int = flag(None, "hidden layers of the MLPs", fixed=True)
     cnn_depth: int = flag(None, "channels of the first convolution", fixed=True)
-    standardize: str = flag(None, "shift and scale state vectors to mean 0 and deviation 1",
+    standardize: str = flag(None, "shift and scale state vectors to mean 0, std 1",
                             ("yes", "no"), fixed=True)
     skill_groups: int = flag(8, "groups of the manager's code", fixed=True)
     skill_classes: int = flag(8, "classes in each group of the code", low=2, fixed=True)
@@ -243,9 +243,9 @@ class BoundedNormal(torch.distributions.Normal):
 
 
 def normalized_entropy(dist: OneHot | BoundedNormal) -> Tensor:
-    """Entropy between 0 (deterministic) and 1 (the most), for each code group or action dimension.
+    """Entropy scaled to 0..1, for each code group or action dimension.
 
-    For a BoundedNormal, 0 is that of the least standard deviation.
+    0 is a deterministic choice or the least standard deviation, 1 is uniform or the greatest one.
     """
     low, high = dist.entropy_range
     return (dist.entropy() - low) / (high - low)
@@ -276,7 +276,8 @@ class AutoAdapt(nn.Module):
 
     Each element of `shape` has a scale, which starts at 1. If the mean is above 1.1 times (below
     1/1.1 of) the target, the scale is multiplied (divided) by 1.1, then clipped to [low, high].
-    `inverse`, for an entropy: the scale grows below the target, and the loss is negated.
+    `inverse`, for an entropy: the scale grows below the target, and the loss is negated. Gradients
+    flow through the regularizer only.
     """
 
     def __init__(self, shape: tuple, target: float, low: float, high: float, inverse=False):
@@ -298,7 +299,7 @@ class AutoAdapt(nn.Module):
 class Normalizer(nn.Module):
     """Divides by a running standard deviation ("std"), or also subtracts the mean ("mean_std").
 
-    It keeps exponential moving averages of x and x^2, of this shape, over all leading dimensions,
+    It keeps exponential moving averages of x and x^2, each of `shape`, over all leading dimensions,
     with bias correction as in Adam. The standard deviation is at least 1 / limit.
     """
 
@@ -444,11 +445,11 @@ class Decoder(nn.Module):
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
         outs = {}
         if "image" in self.keys:
-            # The first transposed convolution reads a single pixel, so it is a matrix product; that
-            # is several times as fast on a CPU.
-            first = self.image[0]
-            x = F.linear(feat, first.weight.permute(2, 3, 1, 0).flatten(0, 2))
-            x = x.reshape(-1, *first.kernel_size, first.out_channels).permute(0, 3, 1, 2)
+            # The transposed convolution of a single pixel is a matrix product, which is several
+            # times as fast on a CPU.
+            conv = self.image[0]
+            x = F.linear(feat, conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
+            x = x.reshape(-1, *conv.kernel_size, conv.out_channels).permute(0, 3, 1, 2)
             x = self.image[1:](x).float().sigmoid().permute(0, 2, 3, 1)  # [..., 64, 64, 3]
             outs["image"] = x.reshape(*feat.shape[:-1], *x.shape[1:])
         if "state" in self.keys:
@@ -466,7 +467,8 @@ class RSSM(nn.Module):
         self.size = math.prod(self.groups)  # of stoch
         self.initial_deter = nn.Parameter(torch.zeros(deter))
         self.inputs = nn.Sequential(*dense(self.size + action_size, hidden))
-        self.gru = nn.Sequential(*dense(deter + hidden, 3 * deter)[:2])  # without activation
+        self.gru = nn.Sequential(
+            glorot(nn.Linear(deter + hidden, 3 * deter, bias=False)), Norm(3 * deter, eps=1e-3))
         self.prior_net = nn.Sequential(*dense(deter, hidden), glorot(nn.Linear(hidden, self.size)))
         self.post_net = nn.Sequential(
             *dense(deter + embed_size, hidden), glorot(nn.Linear(hidden, self.size)))
@@ -503,12 +505,12 @@ class RSSM(nn.Module):
         return deter, self.predict_stoch(deter)
 
     def obs_step(self, deter: Tensor, stoch: Tensor, action: Tensor, embed: Tensor,
-                 is_first: Tensor, initial: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                 is_first: Tensor, initial: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """A step with an observation, [N, ...]: the next deter, stoch and its posterior logits.
 
         action: what led to the observation. Where is_first [N], memory starts from `initial`.
         """
-        initial_deter, initial_stoch = initial or self.initial()
+        initial_deter, initial_stoch = initial
         first = is_first[:, None]
         deter = torch.where(first, initial_deter, deter)
         stoch = torch.where(first, initial_stoch, stoch)
@@ -593,7 +595,7 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 
 # ---- World model, goal autoencoder, actor-critic --------------------------------------------
 def autocast(config: Config) -> torch.autocast:
-    """Mixed precision for forward passes; it ends before optimizers step, as it caches weights."""
+    """Mixed precision for forward passes, only: inside, a changed weight's old copy is used."""
     return torch.autocast(config.device, torch.bfloat16, config.precision == "bfloat16")
 
 
@@ -636,13 +638,15 @@ class WorldModel(nn.Module):
         """Filter chunks [B, T, ...]: embed, deter, stoch, and logits of posterior and prior."""
         embed = self.encoder(batch)  # [B, T, embed]
         initial = self.rssm.initial()
-        deter, stoch = (x.expand(len(embed), -1) for x in initial)  # [B, D], [B, SC]
-        steps = []
+        deter, stoch = initial  # [D], [SC]; from the first step on [B, D], [B, SC]
+        deters, stochs, posts = [], [], []
         for t in range(embed.shape[1]):
-            deter, stoch, logit = self.rssm.obs_step(
+            deter, stoch, post = self.rssm.obs_step(
                 deter, stoch, batch["action"][:, t], embed[:, t], batch["is_first"][:, t], initial)
-            steps.append((deter, stoch, logit))
-        deter, stoch, post = (torch.stack(x, 1) for x in zip(*steps, strict=True))  # [B, T, ...]
+            deters.append(deter)
+            stochs.append(stoch)
+            posts.append(post)
+        deter, stoch, post = torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(posts, 1)
         prior = self.rssm.prior(deter, stoch)
         return {"embed": embed, "deter": deter, "stoch": stoch, "post": post, "prior": prior}
 
@@ -657,33 +661,36 @@ class WorldModel(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict, dict]:
         """Paper, eq. 2, on chunks [B, T, ...]: loss, states [B, T, ...], metrics."""
-        targets = {key: self.encoder.preprocess(key, batch[key], update=True)
-                   for key in self.encoder.keys}
+        targets = {}
+        for key in self.encoder.keys:  # first, as it updates the statistics that `observe` uses
+            targets[key] = self.encoder.preprocess(key, batch[key], update=True)
         states = self.observe(batch)
         feat = torch.cat([states["deter"], states["stoch"]], -1)  # [B, T, F]
         losses = {}  # each [B, T]
-        for key, mean in self.decoder(feat).items():
-            losses[key] = ((mean - targets[key]) ** 2).flatten(2).sum(-1)
+        for key, pred in self.decoder(feat).items():
+            losses[key] = ((pred - targets[key]) ** 2).flatten(2).sum(-1)
         losses["reward"] = self.reward_head(feat).loss(batch["reward"])
         losses["cont"] = F.binary_cross_entropy_with_logits(
             self.cont_head(feat), 1 - batch["is_terminal"].float(), reduction="none")
         losses["kl"], metrics = self.kl_loss(states)
-        total = sum(losses.values())
-        states["error"] = total  # for variants/prioritized.py
+        states["loss"] = sum(losses.values())  # [B, T], for variants/prioritized.py
+        loss = states["loss"].mean()
         metrics |= {f"{key}_loss": value.mean() for key, value in losses.items()}
-        loss = metrics["model_loss"] = total.mean()
+        metrics["model_loss"] = loss
         return loss, states, metrics
 
 
 class GoalAutoencoder(nn.Module):
     """Compresses states into codes, G one-hot vectors of L, [..., GL] (paper, 2.2, eq. 3)."""
 
+    discrete = True  # a variant's codes may be plain numbers
+
     def __init__(self, config: Config):
         super().__init__()
         self.groups = (config.skill_groups, config.skill_classes)
         self.size = config.deter  # of a goal
         self.encoder = MLP(config.deter, self.groups, config)
-        self.decode = MLP(math.prod(self.groups), (config.deter,), config)  # [..., GL] -> [..., D]
+        self.decode = MLP(math.prod(self.groups), (config.deter,), config)  # skill to goal
         # In nats; an 8x8 code holds at most 16.6. Codes that hold less than 10 never reach the
         # target, so that the weight of their KL falls to its minimum.
         self.kl_adapt = AutoAdapt((), target=10.0, low=1e-5, high=1.0)
@@ -714,9 +721,9 @@ class ActorCritic(nn.Module):
 
     keys, feat_size: the parts of a state that both read, and their total size. action_shape:
     (classes,) or (groups, classes) if discrete, else (dimensions,). rewards: the weights of their
-    advantages; each advantage is divided by the standard deviation of its returns (at least 0.01)
-    first, so that the scale of a reward has no effect above that. Actors of continuous actions
-    learn by back-propagated returns unless `reinforce`; others by REINFORCE.
+    advantages. Each advantage is divided by the standard deviation of its returns first, so that
+    the scale of a reward has no effect, unless its returns vary by less than 0.01. Actors of
+    continuous actions learn by back-propagated returns unless `reinforce`; others by REINFORCE.
     """
 
     def __init__(self, keys: tuple, feat_size: int, action_shape: tuple, discrete: bool,
@@ -784,7 +791,7 @@ class ActorCritic(nn.Module):
             metrics |= {f"{name}_critic_loss": loss, f"{name}_critic_grad_norm": norm,
                         f"{name}_reward": traj[f"reward_{name}"].mean(),
                         f"{name}_return": ret.mean(), f"{name}_value": pred.mean.mean()}
-            if copy_slow:  # as in the official program, before the actor's advantages
+            if copy_slow:  # before the actor's advantages, as in the official program
                 self.slow[name].load_state_dict(critic.state_dict())
                 with autocast(self.config):
                     ret, baseline = self.returns(name, feat, traj)
@@ -809,8 +816,9 @@ class ActorCritic(nn.Module):
         else:  # back-propagation through the imagined dynamics
             loss = -advantage
             entropy = traj["ent"][:-1]
-        bonus = self.ent_adapt(entropy).reshape(*weight.shape, -1).sum(-1)  # [H, N]
-        loss = ((loss + bonus) * weight).mean()
+        # Summed over code groups or action dimensions, if there are any: [H, N].
+        entropy_loss = self.ent_adapt(entropy).reshape(*weight.shape, -1).sum(-1)
+        loss = ((loss + entropy_loss) * weight).mean()
         norm = self.optimizers["actor"].minimize(loss)
         return {"actor_loss": loss, "actor_grad_norm": norm, "ent": entropy.mean(),
                 "ent_scale": self.ent_adapt.scale.mean()}
@@ -824,7 +832,7 @@ class Director(nn.Module):
     A variant is a subclass. compatible_variants: names of others whose checkpoints it loads.
     """
 
-    # Classes that a subclass may replace by its own; Replay and Run are set at the end.
+    # A subclass may replace these classes. Replay and Run are set below the definition of Run.
     Config = Config
     WorldModel = WorldModel
     Goals = GoalAutoencoder
@@ -841,7 +849,7 @@ class Director(nn.Module):
         with torch.device(config.device):
             self.world_model = self.WorldModel(obs_space, action[0], config)
             self.optimizers = {"world_model": Optimizer(self.world_model, config)}
-            # The parts of a state that players can read and that acting carries between steps.
+            # Sizes of the parts of a state, which players read and `policy` carries between steps.
             self.sizes = {"deter": config.deter, "stoch": self.world_model.rssm.size,
                           "action": action[0]}
             self.build(action)
@@ -865,8 +873,8 @@ class Director(nn.Module):
             rewards["extr"] = config.worker_extr
         self.worker = self.player((*state, "goal"), action, self.discrete, rewards)
         rewards = {"extr": 1.0, "expl": config.manager_expl}
-        one_hot = len(self.goals.groups) > 1  # a variant's codes may be plain numbers
-        self.manager = self.player(state, self.goals.groups, one_hot, rewards, reinforce=True)
+        self.manager = self.player(
+            state, self.goals.groups, self.goals.discrete, rewards, reinforce=True)
 
     def player(self, keys: tuple, action_shape: tuple, discrete: bool, rewards: dict, **kwargs):
         """An actor-critic that reads these parts of a state."""
@@ -902,8 +910,8 @@ class Director(nn.Module):
         chosen = {"skill": skill, "goal": self.goals.decode(skill)}
         if due.all():
             return chosen
-        due = torch.as_tensor(due, device=skill.device)[:, None]
-        return {key: torch.where(due, value, state[key]) for key, value in chosen.items()}
+        mask = torch.as_tensor(due, device=skill.device)[:, None]  # [N, 1]
+        return {key: torch.where(mask, value, state[key]) for key, value in chosen.items()}
 
     def sample_skill(self, state: dict[str, Tensor]) -> Tensor:
         """The manager's code in a state [N, ...]: [N, GL] (paper, eq. 5)."""
@@ -926,42 +934,30 @@ class Director(nn.Module):
         Without a state, and where obs["is_first"] [E] is set, memory, goal and count start anew.
         Actions are one-hot, or continuous and not clipped. mode: "train" or "eval".
         """
+        check_policy_input(self, obs, state, mode)
         model = self.world_model
-        expected = {key: space.shape for key, space in self.obs_space.items()}
-        found = {key: np.shape(obs[key])[1:] for key in expected if key in obs}
-        if found != expected:
-            raise ValueError(f"policy needs {expected} of each environment, but got {found}")
-        if "image" in expected and np.asarray(obs["image"]).dtype != np.uint8:
-            raise ValueError("policy needs images of dtype uint8, 0 to 255")
-        if mode not in ("train", "eval"):
-            raise ValueError(f"mode {mode!r}: must be 'train' or 'eval'")
-        amount = len(obs[model.encoder.keys[0]])
-        obs = {"is_first": np.zeros(amount, bool), **obs}
+        num_envs = len(obs[model.encoder.keys[0]])
+        obs = {"is_first": np.zeros(num_envs, bool), **obs}
         if state is None:
-            obs["is_first"] = np.ones(amount, bool)
-            state = {key: torch.zeros(amount, size, device=self.config.device)
+            obs["is_first"] = np.ones(num_envs, bool)
+            state = {key: torch.zeros(num_envs, size, device=self.config.device)
                      for key, size in self.sizes.items()}
             state["count"] = 0
-        first = np.asarray(obs["is_first"])
-        if first.dtype != bool or first.shape != (amount,) or len(state["deter"]) != amount:
-            raise ValueError(f"policy needs is_first, {amount} bools, and a state of as many "
-                             f"environments, but got {first.dtype} {first.shape} and a state of "
-                             f"{len(state['deter'])}")
         observed = self.tensors({key: obs[key] for key in ("is_first", *model.encoder.keys)})
         with autocast(self.config):
-            last = (state[key] for key in ("deter", "stoch", "action"))
             deter, stoch, _ = model.rssm.obs_step(
-                *last, model.encoder(observed), observed["is_first"])
+                state["deter"], state["stoch"], state["action"], model.encoder(observed),
+                observed["is_first"], model.rssm.initial())
             state = self.act({**state, "deter": deter, "stoch": stoch}, obs["is_first"], mode)
         return state["action"], state
 
     def imagine(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Act in the world model from N states for H steps: a trajectory (see the top).
 
-        starts: deter, stoch, is_terminal, [N, ...]. If it has a goal or skill, too, that is kept
-        in the whole trajectory, and the manager's is not used. Gradients are recorded only for a
-        worker that learns by them. They flow through the world model's states and the actions, not
-        into what the actors read, which is detached.
+        starts: deter, stoch, is_terminal, [N, ...]. A goal or skill in it is kept for the whole
+        trajectory instead of the manager's. Gradients are recorded only for a worker that learns by
+        them. They flow through the world model's states and the actions, not into what the actors
+        read, which is detached.
         """
         model = self.world_model
         state = {key: value for key, value in starts.items() if key != "is_terminal"}
@@ -974,17 +970,18 @@ class Director(nn.Module):
                     state = {**state, "deter": deter, "stoch": stoch}
                 detached = {key: value.detach() for key, value in state.items()}
                 chosen = self.choose(detached, np.full(len(state["deter"]), t))  # eq. 5
-                # A goal that the caller has given stays.
+                # What the caller has given is not replaced.
                 chosen = {key: value for key, value in chosen.items() if key not in starts}
                 dist = self.worker.dist(self.worker.feat({**detached, **chosen}))  # eq. 7
                 state = {**state, **chosen, "action": dist.rsample()}
                 if not self.worker.reinforce:
                     state["ent"] = normalized_entropy(dist)
                 steps.append(state)
-            traj = {key: torch.stack([step[key] for step in steps]) for key in state}
+            traj = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
             feat = torch.cat([traj["deter"], traj["stoch"]], -1)  # [H+1, N, F]
             cont = model.cont_head(feat[1:]).sigmoid()
-            traj["cont"] = torch.cat([1 - starts["is_terminal"].float()[None], cont])
+            start_cont = 1 - starts["is_terminal"].float()  # [N]
+            traj["cont"] = torch.cat([start_cont[None], cont])
             rewards = {name for player in self.players.values() for name in player.rewards}
             for name in sorted(rewards):  # reward_expl, reward_extr, reward_goal
                 traj[f"reward_{name}"] = getattr(self, f"reward_{name}")(traj)
@@ -1020,7 +1017,7 @@ class Director(nn.Module):
         with autocast(self.config):
             loss, states, metrics = self.world_model.loss(batch)
         metrics["model_grad_norm"] = self.optimizers["world_model"].minimize(loss)
-        states = {**batch, **{key: value.detach() for key, value in states.items()}}
+        states = batch | {key: value.detach() for key, value in states.items()}  # [B, T, ...]
         metrics |= self.train_goals(states)
 
         # Players, on trajectories that are imagined from every state of the batch.
@@ -1031,7 +1028,7 @@ class Director(nn.Module):
             for key, value in self.players[name].learn(player_traj, copy_slow).items():
                 metrics[f"{name}_{key}"] = value
         metrics |= self.train_imagined(traj)
-        # Copies without a graph: a later step changes the adaptive scales in place.
+        # Copies, because later steps change the adaptive scales in place.
         return {key: value.detach().clone() for key, value in metrics.items()}
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1052,9 +1049,10 @@ class Director(nn.Module):
         return {"worker": split_trajectory(traj, k), "manager": abstract_trajectory(detached, k)}
 
     def train_imagined(self, traj: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whatever else learns from the trajectory, after the players; returns metrics.
+        """What else learns from the trajectory, after the players; returns metrics.
 
-        Here: the goal reward at the last step of a goal; the same for other trajectories' goals.
+        Here nothing does. The metrics are the goal reward at the last step of each goal, and, for
+        comparison, the same for the goals of other trajectories.
         """
         if "reward_goal" not in traj:
             return {}
@@ -1078,7 +1076,7 @@ class Replay:
     A step holds image and state, the action that led there (zeros in the first step), its reward,
     is_first, is_last and is_terminal. The last step of an episode has is_last, and is_terminal
     unless a time limit has cut the episode. Episodes that were running when a run stopped are kept
-    as they are, without is_last.
+    as they are, without is_last. Running episodes never leave, so they may exceed the capacity.
     """
 
     def __init__(self, capacity: int, seed: int = 0):
@@ -1125,7 +1123,8 @@ class Replay:
             while missing:
                 episode = pool[self.rng.integers(len(pool))]
                 total = len(episode["reward"])
-                start = max(0, min(self.rng.integers(total + 1), total - missing))
+                start = self.rng.integers(total + 1)  # 0..len
+                start = max(0, min(start, total - missing))  # so that the piece fits
                 stop = min(start + missing, total)
                 piece = {key: np.array(value[start:stop]) for key, value in episode.items()}
                 piece["is_first"][0] = True
@@ -1151,8 +1150,8 @@ class Replay:
     def load(self, folder: pathlib.Path, lengths: dict[int, int], rows=None, skip_missing=False):
         """Read what `save` wrote; UserError if files are missing, unless skip_missing.
 
-        rows: a step, as in `add`. Files that are damaged or have other shapes than it has are left
-        out with a line of output.
+        rows: a step as in `add`, to compare shapes with. Files that are damaged or have other
+        shapes are left out, with a line of output.
         """
         paths = {name: folder / f"{name}.npz" for name in lengths}
         missing = sum(not os.access(path, os.R_OK) for path in paths.values())
@@ -1171,8 +1170,9 @@ class Replay:
                 print(f"Continuing without {paths[name]}, which cannot be used: {error}")
                 if paths[name].exists():
                     self.left_out[name] = length
-        if lengths and not self.episodes and not skip_missing:
-            raise UserError(f"{folder}: no replay file can be used")
+        if lengths and not self.episodes:
+            raise UserError(f"{folder}: no replay file can be used; put them back, or start a new "
+                            "run in another --logdir")
         self.lengths_on_disk = {
             name: len(episode["reward"]) for name, episode in self.episodes.items()}
         self.names = itertools.count(max(lengths, default=-1) + 1)
@@ -1183,7 +1183,8 @@ class Replay:
 def train(config: Config, agent: type = Director) -> int:
     """Train until `config.steps` or a signal; returns the exit code, 0 or 128 + that signal.
 
-    `Run`, below, keeps what belongs to the folder: metrics, pictures, checkpoints, signals.
+    `Run`, below, keeps what belongs to the folder: metrics, pictures, checkpoints, signals. What
+    --render_quality auto means is written into `config`.
     """
     torch.manual_seed(config.seed)
     config.render_quality = choose_quality(config, read_settings(run_folder(config, agent)))
@@ -1191,7 +1192,7 @@ def train(config: Config, agent: type = Director) -> int:
     with vector_envs(config, config.envs) as envs:
         run = agent.Run(config, agent, envs.single_observation_space, envs.single_action_space)
         try:
-            env_seed = run.reseed()
+            env_seed = run.reseed()  # this also seeds PyTorch and the replay
             # driver.rows is what each environment shows now, with the action that led there (zeros
             # in the first step of an episode). A reset takes a step of its own.
             driver = Driver(envs, env_seed)
@@ -1199,7 +1200,7 @@ def train(config: Config, agent: type = Director) -> int:
                 run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
                                 config.skip_missing)
             run.open()
-            state = None  # of the policy
+            state = None  # of the policy; its memory starts with the first action of its own
             train_step = run.agent.train_step
             if config.device == "cuda" and agent is Director and not config.eager:
                 from variants.graph import Graphed
@@ -1213,7 +1214,7 @@ def train(config: Config, agent: type = Director) -> int:
             while run.should_continue():
                 run.record(driver)  # what the last actions led to
 
-                # Learn. An error in here leaves parameters of different steps.
+                # Learn. After an error in here, parameters are of different steps: save nothing.
                 run.update_complete = False
                 if run.step >= config.prefill:
                     for _ in range(run.times_due(config.train_every)):
@@ -1236,9 +1237,8 @@ def train(config: Config, agent: type = Director) -> int:
                 else:
                     action, state = run.agent.policy(driver.rows, state)
                     action = action.cpu().numpy()
-                run.allow_interruption()
-                driver.step(action, state)
-                run.interruptible = False
+                with run.interruptible():
+                    driver.step(action, state)
         except KeyboardInterrupt:
             if not run.received_signals:
                 raise
@@ -1267,7 +1267,8 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
         state = None
         while len(scores) < config.eval:
             action, state = loaded.policy(driver.rows, state, mode="eval")
-            replay.add(driver.rows)
+            if not scores:  # for the pictures of the first episode
+                replay.add(driver.rows)
             driver.step(action.cpu().numpy(), state)
             if driver.rows["is_last"][0]:
                 scores.append(float(driver.score[0]))
@@ -1286,7 +1287,7 @@ def evaluate(config: Config, agent: type = Director, flags: dict | None = None) 
 # ---- A run's folder: metrics, checkpoints, signals ------------------------------------------
 # How a run ends. Ctrl-C (or TERM, HUP, USR1) calls Run.on_signal, which notes the signal and
 # interrupts a step of the environments. If it comes earlier in an iteration of `train`,
-# Run.allow_interruption() ends the loop before that step; if later, Run.should_continue() does.
+# Run.interruptible() ends the loop before that step; if later, Run.should_continue() does.
 # The `finally` of `train` calls Run.close(), which saves a checkpoint, also after errors of
 # environments and closed pipes. A second signal of the same kind ends the program without saving.
 # After an error or a NaN inside a gradient step, update_complete prevents saving.
@@ -1303,7 +1304,7 @@ def load(logdir: str | pathlib.Path, agent: type = Director, /, **flags) -> Dire
     path = pathlib.Path(logdir) / "checkpoint.pt"
     flags = {key: value for key, value in flags.items() if value != "auto"}  # as if not given
     saved, arguments = read_run(path, agent, flags)
-    loaded = agent(*arguments)  # a mistake in it is not one of the file
+    loaded = agent(*arguments)  # outside of `reading`: an error in a variant is no damaged file
     with reading(path):
         loaded.restore(saved)
     keys = ("run_id", "step", "seconds", "episodes", "config")
@@ -1323,14 +1324,14 @@ class Run:
         self.metrics = []  # of gradient steps since the last report
         self.scores = []  # of episodes since then
         self.update_complete = True  # false within gradient steps
-        self.interruptible = False  # true while environments step
+        self.in_env_step = False
         self.received_signals = []
         self.handlers = {}  # of signals, before this run
         self.logger = None  # until the run is opened
         self.lock_folder()
         try:
             self.agent = self.load_or_create(agent, obs_space, act_space)
-        except BaseException:  # a notebook would keep it, and the lock with it
+        except BaseException:  # a notebook keeps the exception, and with it this object
             self.lock.release()
             raise
         self.run_id = self.agent.resumed_from.get("run_id") or os.urandom(8).hex()
@@ -1346,10 +1347,9 @@ class Run:
                        act_space: spaces.Space) -> Director:
         if not self.checkpoint.exists():
             return agent(obs_space, act_space, self.config)
-        folder = run_folder(self.config, agent)
-        loaded = load(folder, agent, **dataclasses.asdict(self.config))
+        loaded = load(self.checkpoint.parent, agent, **dataclasses.asdict(self.config))
         refuse_other_spaces(loaded, obs_space, act_space)
-        if loaded.resumed_from["run_id"] != read_settings(self.logdir)["run_id"]:
+        if loaded.resumed_from["run_id"] != read_settings(self.logdir).get("run_id"):
             raise UserError(f"{self.checkpoint} is of another run than config.json beside it")
         return loaded
 
@@ -1371,23 +1371,27 @@ class Run:
         if self.step:
             old = self.agent.resumed_from["config"]
             changed = [f" --{key} is {config[key]}, was {old[key]}." for key in config
-                       if old.get(key, config[key]) != config[key]]
+                       if key in old and old[key] != config[key]]
             print(f"Resumed at step {self.step}.{''.join(changed)}", flush=True)
 
     def on_signal(self, number: int, frame):
         """Note the signal; a second one of its kind ends the program without saving."""
         self.received_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if self.interruptible:
-            self.interruptible = False
+        if self.in_env_step:
+            self.in_env_step = False
             raise KeyboardInterrupt
 
-    def allow_interruption(self):
-        """From now on signals raise KeyboardInterrupt, also one that was received before."""
-        self.interruptible = True
-        if self.received_signals:
-            self.interruptible = False
-            raise KeyboardInterrupt
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, signals raise KeyboardInterrupt; so does one that was received before."""
+        self.in_env_step = True
+        try:
+            if self.received_signals:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.in_env_step = False
 
     def should_continue(self) -> bool:
         return self.step < self.config.steps and not self.received_signals
@@ -1421,7 +1425,7 @@ class Run:
         self.write_checkpoint(buffer)
         kept = {f"{name}.npz" for name in (*self.replay.lengths_on_disk, *self.replay.left_out)}
         for path in self.replay_dir.glob("[0-9]*.npz"):
-            if path.name not in kept:  # it left the replay, or a crash has left it
+            if path.name not in kept:  # dropped, or written after the last checkpoint
                 path.unlink()
         self.last_save = self.step
 
@@ -1430,7 +1434,6 @@ class Run:
 
     def close(self):
         """Save and release everything, whatever has ended the loop."""
-        self.interruptible = False
         try:
             self.save()
             # `train` calls this in a `finally`, so an exception may be on its way.
@@ -1446,7 +1449,7 @@ class Run:
                 self.logger.close()
 
     def times_due(self, every: int) -> int:
-        """How many multiples of `every` were reached with the step that `record` has added."""
+        """How many multiples of `every` were reached with the steps that `record` has added."""
         return self.step // every - (self.step - self.config.envs) // every
 
     def record(self, driver: Driver):
@@ -1460,8 +1463,10 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Means since the last report; FloatingPointError if one is not finite."""
         keys = list(self.metrics[0]) if self.metrics else []
-        means = [torch.stack([step[key] for step in self.metrics]).mean() for key in keys]
-        means = dict(zip(keys, [x.item() for x in all_reduce_mean(means)], strict=True))
+        averages = [torch.stack([step[key] for step in self.metrics]).mean() for key in keys]
+        means = {}
+        for key, average in zip(keys, all_reduce_mean(averages), strict=True):
+            means[key] = average.item()
         for key, value in means.items():
             if not math.isfinite(value):
                 self.update_complete = False
@@ -1492,10 +1497,10 @@ class Run:
         self.report_time, self.last_report = now, self.step
 
     def log(self, metrics: dict[str, float]):
-        frames = self.step * self.config.action_repeat
-        more = {"frames": frames} if self.config.action_repeat > 1 else {}
-        self.logger.write(metrics, self.step, **more,
-                          seconds=round(time.monotonic() - self.start_time, 1))
+        extra = {"seconds": round(time.monotonic() - self.start_time, 1)}
+        if self.config.action_repeat > 1:
+            extra["frames"] = self.step * self.config.action_repeat
+        self.logger.write(metrics, self.step, **extra)
 
     def draw(self, film: list[tuple]):
         """Write pictures of an episode and of replay; random draws of training stay the same."""
@@ -1514,7 +1519,7 @@ Director.Replay, Director.Run = Replay, Run
 def main(argv: list[str] | None = None, agent: type = Director) -> int:
     """The command line; returns the exit code, which is 2 for a user's mistake."""
     with contextlib.suppress(AttributeError):  # without a terminal: None, or a notebook's
-        sys.stdout.reconfigure(errors="replace")  # letters that it cannot show
+        sys.stdout.reconfigure(errors="replace")  # print ? for what the terminal cannot show
     try:
         flags = parse_args(argv, agent.Config, __doc__.split("\n")[0])
         config = agent.Config(**flags)
@@ -1536,7 +1541,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT
     with contextlib.suppress(OSError):
-        print(f"director.py: {message}", file=sys.stderr)
+        print(f"{agent_name(agent)}: {message}", file=sys.stderr)
     return 2
 
 

@@ -20,10 +20,12 @@ class Logger:
     """
 
     def __init__(self, logdir: pathlib.Path, run_id: str, step: int, config: dict):
+        self.wandb_run = None
         if config["track"]:
             wandb = require("wandb", "--track: wandb is missing; pip install wandb")
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "director"), name=logdir.name,
-                       id=run_id, config=config, sync_tensorboard=True, resume="allow")
+            self.wandb_run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "director"), name=logdir.name,
+                id=run_id, config=config, sync_tensorboard=True, resume="allow")
         self.path = logdir / "metrics.jsonl"
         if step == 0 and self.path.exists():
             aside = self.path.with_name(f"metrics-before-{run_id}.jsonl")
@@ -47,3 +49,5 @@ class Logger:
 
     def close(self):
         self.events.close()
+        if self.wandb_run:
+            self.wandb_run.finish()

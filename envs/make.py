@@ -127,4 +127,23 @@ def refuse_other_spaces(agent, obs_space: spaces.Dict, act_space: spaces.Space):
     actions = (type(act_space), spaces.flatdim(act_space))
     if (obs_space, actions) != (agent.obs_space, (type(agent.act_space), agent.sizes["action"])):
         raise UserError(f"--logdir {agent.config.logdir}: holds a run in {agent.obs_space}, "
-                        f"{agent.act_space}, not {obs_space}, {act_space}; use another --logdir")
+                        f"{agent.act_space}, not {obs_space}, {act_space}; use its flags, or "
+                        "another --logdir")
+
+
+def check_policy_input(agent, obs: dict, state: dict | None, mode: str):
+    """ValueError if `Director.policy` would take these for something else than they are."""
+    expected = {key: space.shape for key, space in agent.obs_space.items()}
+    found = {key: np.shape(obs[key])[1:] for key in expected if key in obs}
+    if found != expected:
+        raise ValueError(f"policy needs {expected} of each environment, but got {found}")
+    if "image" in expected and np.asarray(obs["image"]).dtype != np.uint8:
+        raise ValueError("policy needs images of dtype uint8, 0 to 255")
+    if mode not in ("train", "eval"):
+        raise ValueError(f"mode {mode!r}: must be 'train' or 'eval'")
+    amount = len(obs[next(iter(expected))])
+    first = np.asarray(obs.get("is_first", np.zeros(amount, bool)))
+    states = amount if state is None else len(state["deter"])
+    if first.dtype != bool or first.shape != (amount,) or states != amount:
+        raise ValueError(f"policy needs is_first, {amount} bools, and a state of as many "
+                         f"environments, but got {first.dtype} {first.shape}, a state of {states}")

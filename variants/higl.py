@@ -47,6 +47,8 @@ from variants import refuse, same_episode
 class Codes(nn.Module):
     """States [..., D] to codes [..., d]; a goal is a code."""
 
+    discrete = False
+
     def __init__(self, config: "Config"):
         super().__init__()
         self.config = config

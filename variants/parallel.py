@@ -19,6 +19,7 @@ Communication: 16 collectives in a train step (from pixels), one in a step of th
 MB of gradients at size `paper`, about 1 ms over NVLink (calculated, not measured).
 """
 
+import contextlib
 import os
 import sys
 
@@ -86,8 +87,9 @@ class Run(director.Run):
         # Unlike director.py's, it keeps its handler: torchrun repeats a signal of the terminal.
         self.received_signals.append(number)
 
-    def allow_interruption(self):
+    def interruptible(self):
         """Nothing interrupts a step of the environments, since all processes stop together."""
+        return contextlib.nullcontext()
 
     def should_continue(self) -> bool:
         signal = max(self.received_signals, default=0)

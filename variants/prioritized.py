@@ -141,7 +141,7 @@ class Agent(director.Director):
 
     def train_goals(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         if "place" in states:
-            self.trained_on = states["place"], states["error"], states["is_first"]
+            self.trained_on = states["place"], states["loss"], states["is_first"]
         return super().train_goals(states)
 
 

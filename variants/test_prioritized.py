@@ -113,11 +113,11 @@ def test_each_step_gets_its_own_error_of_the_model_and_a_picture_is_no_visit():
     batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
     place = np.stack(np.meshgrid([3, 4], range(9), indexing="ij"), -1)
     loss, states, _ = agent.world_model.loss(agent.tensors(batch))
-    assert states["error"].shape == (2, 9)
-    close(states["error"].mean(), loss.detach())
+    assert states["loss"].shape == (2, 9)
+    close(states["loss"].mean(), loss.detach())
     image = agent.world_model.decoder(torch.cat([states["deter"], states["stoch"]], -1))["image"]
     squares = (image - agent.tensors(batch)["image"] / 255).square().flatten(2).sum(-1)
-    rest = states["error"] - squares
+    rest = states["loss"] - squares
     assert rest.std() < 0.2 * squares.std()  # so they are in the right places
     agent.train_step(batch)
     assert agent.trained_on is None  # another replay's
@@ -127,7 +127,7 @@ def test_each_step_gets_its_own_error_of_the_model_and_a_picture_is_no_visit():
     seen, error, is_first = agent.trained_on
     assert torch.equal(seen, torch.as_tensor(place)) and not error.requires_grad
     assert torch.equal(is_first, torch.as_tensor(batch["is_first"]))
-    assert torch.equal(error, losses[0][1]["error"])
+    assert torch.equal(error, losses[0][1]["loss"])
     replay = prioritized.Replay(100)
     replay.agent = agent
     for episode in range(5):
