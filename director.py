@@ -1541,7 +1541,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT
     with contextlib.suppress(OSError):
-        print(f"{agent_name(agent)}: {message}", file=sys.stderr)
+        print(f"{agent_name(agent)}.py: {message}", file=sys.stderr)
     return 2
 
 

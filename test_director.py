@@ -1712,6 +1712,25 @@ def test_missing_replay_files_are_not_forgotten_unless_a_flag_says_so(tmp_path, 
     next(tmp_path.glob("replay/*/*.npz")).unlink()
     assert director.main([*flags, "--steps=200", "--skip_missing"]) == 0
     assert capsys.readouterr().out.count("Continuing without") == 1
+    for path in tmp_path.glob("replay/*/*.npz"):
+        path.unlink()
+    assert director.main([*flags, "--steps=250", "--skip_missing"]) == 2
+    assert "no replay file can be used" in capsys.readouterr().err
+
+
+def test_a_resumed_run_accepts_what_shows_the_same_observations(tmp_path, capsys):
+    flags = [*RUN, "--task=gym_envs.grid:Grid-v0", "--processes=no", f"--logdir={tmp_path}"]
+    for steps, obs in ((40, "state"), (60, "auto"), (80, "state"), (100, "auto")):
+        assert director.main([*flags, f"--steps={steps}", f"--obs={obs}"]) == 0
+    assert director.main([f"--logdir={tmp_path}", "--obs=state", "--eval=1"]) == 0
+    for more in ([*flags, "--steps=120"], [f"--logdir={tmp_path}", "--eval=1"]):
+        assert director.main([*more, "--obs=pixels"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    flags = [*RUN, "--task=pinpad_three", f"--logdir={tmp_path / 'pixels'}"]
+    assert director.main([*flags, "--steps=40"]) == 0
+    assert director.main([*flags, "--steps=60", "--obs=state"]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run in" in error and error.count("\n") == 1
 
 
 def test_a_program_can_train_in_a_folder_after_a_call_that_was_refused(tmp_path):

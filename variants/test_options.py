@@ -484,11 +484,12 @@ def test_a_given_action_of_continuous_ones_has_no_gradient():
 
 def test_without_an_option_that_can_start_there_is_one_clear_error(capsys, tmp_path):
     flags = [*RUN, "--task=gym_envs.grid:Grid-v0", "--processes=no", "--options=0"]
-    for agent, words in ((Nowhere, "no option by hand can start in a state"),
-                         (options.Agent, "--options 0: there are no options by hand either")):
+    for agent, file, words in (
+            (Nowhere, "test_options-Nowhere.py", "no option by hand can start in a state"),
+            (options.Agent, "options.py", "--options 0: there are no options by hand either")):
         assert director.main([*flags, f"--logdir={tmp_path}/{words[:3]}"], agent) == 2
         error = capsys.readouterr().err
-        assert error.splitlines()[-1].startswith(f"director.py: {words}")
+        assert error.splitlines()[-1].startswith(f"{file}: {words}")
     assert not (tmp_path / "--o").exists()  # refused before there is a folder
     agent = make_variant(Nowhere, DISCRETE, GRID, options=1)  # a learned one starts everywhere
     chosen = agent.choose(in_columns(agent, [0, 5]), np.zeros(2))
