@@ -19,11 +19,10 @@ def refuse(config, names: tuple, reason: str):
 def same_episode(is_first: Tensor, k: int) -> Tensor:
     """Which steps t of replay chunks are in one episode with step t + k: bool [B, T] -> [B, T-k].
 
-    Losses over such pairs divide by B (T-k), not by the number of pairs: no value has to be read
-    from the GPU, and parallel processes average correctly. Where many pairs are left out, such a
-    loss is smaller in proportion, and so are means that `AutoAdapt` compares with its target. If no
-    episode is longer than k, nothing is learned; the metric `goal_pairs` shows the fraction of
-    pairs that count.
+    Losses over such pairs are means over all B (T-k) positions, with weight 0 where a pair crosses
+    the border of two episodes. So with many short episodes the loss, and a mean that `AutoAdapt`
+    compares with its target, are smaller, by the factor that is logged as `goal_pairs`. If no
+    episode is longer than k, nothing is learned.
     """
     return ~is_first[:, 1:].unfold(1, k, 1).any(-1)
 
@@ -31,8 +30,9 @@ def same_episode(is_first: Tensor, k: int) -> Tensor:
 def reward_at_end(reward: Tensor, k: int) -> Tensor:
     """Rewards of the k-th state of each block, [H/k, N], as rewards of single steps, [H, N].
 
-    `director.abstract_trajectory` takes the mean over a block, in which it weights each step by the
-    probability of getting that far. So the k-th step has k times the reward, the others have none.
+    `director.abstract_trajectory` computes R[b] = 1/k sum over i < k of alive[i] r[bk+i], where
+    alive[i] is the probability of getting to step i. With r = k * reward in the last step of the
+    block and 0 before, R[b] = alive[k-1] * reward[b].
     """
     steps = torch.zeros_like(reward).repeat_interleave(k, 0)
     steps[k - 1 :: k] = k * reward

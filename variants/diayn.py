@@ -11,8 +11,8 @@ is rewarded by
     log q(z | s[t+1]) - log p(z)     (eq. 3),
 
 where the discriminator q predicts the skill from the state s (`deter`). Skills therefore learn to
-lead to states in which they can be told apart. The worker's entropy bonus keeps each skill random
-apart from that.
+lead to states in which they can be told apart. The worker's entropy bonus keeps its actions as
+random as this allows.
 
 What changes:
 - A goal is a skill, and reaching it means that the discriminator recognises it.
@@ -25,8 +25,13 @@ What changes:
 
 What is left out:
 - In the paper a skill lasts a whole episode, and the agent is soft actor-critic. Here it lasts K
-  steps, the value at its end is that of continuing the same skill, and the entropy bonus is
-  Director's, which keeps the entropy at half of its range.
+  steps, after which its critic bootstraps as if the same skill went on (`split_trajectory`), and
+  the entropy bonus is Director's, which keeps the entropy at half of its range.
+- In the paper q reads observed states, so that actions without visible effect do not tell skills
+  apart. Here it reads `deter`, which is computed from past actions, so that skills can also be told
+  apart by actions that change nothing.
+- The paper trains q on states of the environment. Here they are imagined, and count by the
+  probability of arriving in them.
 - The paper stops learning skills before it adds a manager (its Section 4.2.2).
 - The manager's only reward is the task's: without a goal autoencoder there is no novelty.
 """
@@ -44,6 +49,8 @@ from variants import refuse
 
 class Skills(nn.Module):
     """The discriminator q(z | s) of skills z. A skill is its own goal."""
+
+    discrete = True  # the manager picks one of the skills
 
     def __init__(self, config: "Config"):
         super().__init__()
@@ -79,6 +86,7 @@ class Agent(director.Director):
 
     def build(self, action: tuple):
         super().build(action)
+        # In place of Director's, which is also rewarded for novelty.
         self.manager = self.player(("deter", "stoch"), self.goals.groups, True, {"extr": 1.0})
 
     def uniform_trajectories(self, count: int) -> int:
@@ -100,7 +108,7 @@ class Agent(director.Director):
         return super().imagine({**starts, "uniform": index < self.uniform_trajectories(count)})
 
     def reward_goal(self, traj: dict[str, Tensor]) -> Tensor:
-        """Eq. 3, [H, N]."""
+        """log q(z | s[t+1]) - log p(z), eq. 3, with p(z) = 1 / skills: [H, N]."""
         log_q = (self.goals.log_q(traj["deter"][1:]) * traj["goal"][:-1]).sum(-1)
         return log_q + math.log(self.config.skills)
 

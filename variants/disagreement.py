@@ -9,7 +9,10 @@ after Deep Ensembles (Lakshminarayanan et al., 2017).
 Idea: several small models with different initial weights learn from replay to predict the next
 state from state and action. Where they have seen enough data their means agree, even if outcomes
 are noisy; elsewhere the means differ. The variance of the means is the exploration reward. The
-error of an autoencoder, which Director uses, stays high for noise, which cannot be learned.
+error of an autoencoder, which Director uses, stays high for noise, which cannot be learned. With
+the means mu_m of M models, the reward is
+
+    r = 1 / (M - 1) sum over m of (mu_m - mean of mu)^2,   averaged over the target's dimensions.
 
 What changes:
 - The manager is rewarded for disagreement instead of the autoencoder's error, with the weight
@@ -19,7 +22,8 @@ What changes:
 - Each model is a Gaussian with mean and standard deviation as functions of (deter, stoch, action),
   and is trained by maximum likelihood. It predicts what `--disagreement_target` says: `stoch`, the
   next stochastic state (as the official program); `embed`, the next embedded observation (as the
-  paper); or `deter`, the next deterministic state, which is a function of these very inputs.
+  paper); or `deter`, the next deterministic state, which is a function of these very inputs, so
+  that the models only imitate the recurrent network.
 
 What is left out: the models of the paper have a fixed standard deviation. The paper explores
 without a task reward and learns a task later; a high `--worker_expl` comes close to that. The

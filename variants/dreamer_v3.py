@@ -19,13 +19,13 @@ used.
                   is divided between the bins b[k] <= y <= b[k+1] so that its mean is y. The
                   prediction is the mean, sum_k p[k] b[k]. The weights of output layers start at 0,
                   so the first prediction is exactly 0.
---percentiles     The actor's score is sum_i w_i (R_i - v_i) / max(floor_i, P95_i - P5_i) over its
-                  rewards i with Director's weights w. P5 and P95 are moving averages of the
+--percentiles     The actor's advantage is sum_i w_i (R_i - v_i) / max(floor_i, P95_i - P5_i) over
+                  its rewards i with Director's weights w. P5 and P95 are moving averages of the
                   percentiles of the returns in a batch (decay 0.99, from 0, without bias
                   correction). The floor is 1 for the task reward. It is 0.1 for exploration, whose
                   returns have a range below 0.1 (a floor of 1 would nearly switch it off), and for
                   goals, whose range is below 1 at first. Director's own normalizations of returns
-                  and of the score are off.
+                  and of the advantage are off.
 --critic_ema      Returns use the critics v themselves, not slow copies. Each critic has a second
                   loss, of the same form, towards the prediction of v', a critic whose weights are
                   an exponential moving average of those of v (decay 0.98).
@@ -34,7 +34,7 @@ used.
 --laprop          LaProp in place of Adam, without weight decay. The gradient of each tensor w is
                   clipped to a norm of at most 0.3 max(|w|, 0.001). The learning rate is 0.4 times
                   Director's (4e-5 at size paper) unless --learning_rate is given, and rises
-                  linearly over the first 1,000 steps (--warmup).
+                  linearly over the first 1,000 gradient steps (--warmup).
 
 What stays Director's: the adaptive scale of the entropy, gradients of a continuous worker through
 the dynamics, the goal autoencoder on `deter`, goals of 8 steps, the max-cosine reward; the order of
@@ -74,7 +74,7 @@ class Config(director.Config):
     rms_silu: str = director.flag("yes", "RMSNorm and SiLU", YES_NO, fixed=True)
     laprop: str = director.flag("yes", "LaProp, adaptive clipping, 0.4 of the learning rate",
                                 YES_NO, fixed=True)
-    warmup: int = director.flag(1000, "steps in which LaProp's learning rate rises", low=0)
+    warmup: int = director.flag(1000, "gradient steps in which LaProp's rate rises", low=0)
 
     def __post_init__(self):
         own_rate = self.learning_rate is None
@@ -123,6 +123,7 @@ class TwoHot:
 
     def __init__(self, logits: Tensor):
         self.log_probs = logits.log_softmax(-1)
+        # symexp(linspace(-20, 20, 255)), but exactly symmetric.
         positive = symexp(torch.linspace(0, 20, 128, device=logits.device))[1:]
         self.bins = torch.cat([-positive.flip(0), torch.zeros_like(positive[:1]), positive])
 
@@ -188,8 +189,11 @@ def use_rms_silu(module: nn.Module):
 class LaProp(torch.optim.Optimizer):
     """LaProp (Ziyin et al., 2020): gradients are divided by their RMS before they are averaged.
 
-    Adam averages first. Adaptive gradient clipping (Brock et al., 2021), for whole tensors. The
-    learning rate is 0 in the first step, as in the official code.
+        v <- 0.999 v + 0.001 g^2,   m <- 0.9 m + 0.1 g / sqrt(v'),   w <- w - rate m'
+
+    where v' and m' are corrected for their start at 0. Adam averages first. Adaptive gradient
+    clipping (Brock et al., 2021), for whole tensors. The learning rate is 0 in the first step, as
+    in the official code.
     """
 
     def __init__(self, module: nn.Module, config: Config):
@@ -299,7 +303,7 @@ class ActorCritic(director.ActorCritic):
             self.returnnorm = nn.ModuleDict(
                 {name: PercentileScale(floor) for name, floor in floors.items()})
             self.advnorm = nn.Identity()
-        optimizer = make_optimizer(config)
+        optimizer = optimizer_class(config)
         self.optimizers = {"actor": optimizer(self.actor, config)}
         for name, critic in self.critics.items():
             self.optimizers[f"{name}_critic"] = optimizer(critic, config)
@@ -328,7 +332,7 @@ class ActorCritic(director.ActorCritic):
         return loss
 
 
-def make_optimizer(config: Config) -> type:
+def optimizer_class(config: Config) -> type:
     return LaProp if config.laprop == "yes" else director.Optimizer
 
 
@@ -339,7 +343,7 @@ class Agent(director.Director):
 
     def build(self, action: tuple):
         super().build(action)
-        optimizer = make_optimizer(self.config)
+        optimizer = optimizer_class(self.config)
         self.optimizers["world_model"] = optimizer(self.world_model, self.config)
         if self.manager:
             self.optimizers["goals"] = optimizer(self.goals, self.config)

@@ -37,7 +37,7 @@ Q-learning against the bias of the maximum (here Q' both chooses and values a').
 each real step once, when it happens; here real steps are replayed. His model is a table, so he
 repeats actions that were tried; here imagined actions are uniformly random. Feinberg et al. also
 learn the values of the states within the expansion (their "TD-k trick"); here only the state before
-the first step learns.
+the first step learns. (They count imagined steps alone: their H is h - 1.)
 """
 
 import copy
@@ -139,7 +139,7 @@ class Agent(director.Director):
         discounts = [gamma * steps["cont"]]
         for _ in range(self.config.expand - 1):
             action = director.OneHot(slow(feat)).mode
-            feat, reward, cont = self.imagined_step(feat, action)
+            feat, reward, cont = self.model_step(feat, action)
             rewards.append(reward)
             discounts.append(gamma * cont)
         value = director.symexp(slow(feat).amax(-1))
@@ -147,7 +147,7 @@ class Agent(director.Director):
             value = reward + discount * value
         return value
 
-    def imagined_step(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def model_step(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From states [..., F] by actions [..., A] to the next states, rewards and cont."""
         model = self.world_model
         deter, stoch = feat.split([self.sizes["deter"], self.sizes["stoch"]], -1)
@@ -172,9 +172,9 @@ class Agent(director.Director):
         deter, stoch, end = (starts[key].expand(rounds, *starts[key].shape)
                              for key in ("deter", "stoch", "is_terminal"))
         logits = torch.zeros(*end.shape, self.sizes["action"], device=end.device)
-        action = director.OneHot(logits).rsample()
+        action = director.OneHot(logits).rsample()  # uniformly random
         before = torch.cat([deter, stoch], -1)
-        after, reward, cont = self.imagined_step(before, action)
+        after, reward, cont = self.model_step(before, action)
         return {"before": before, "action": action, "after": after, "reward": reward,
                 "cont": cont, "weight": 1 - end.float()}
 

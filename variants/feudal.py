@@ -12,27 +12,33 @@ state is finished once it is reached.
 What changes:
 - The goal autoencoder learns unit directions (s[t+K] - s[t]) / |s[t+K] - s[t]| from replay, with
   s = `deter`, instead of states. It decodes a code to a unit direction g.
-- In the j-th step of a goal, j = 1..K, the worker's reward is, after FuN's eq. 8,
+- FuN's eq. 8 is r[t] = 1/c sum over i = 1..c of cos(s[t] - s[t-i], g[t-i]). Here all moves have the
+  present goal g, and those from before it was set are left out. So in the j-th step of a goal,
+  j = 1..K, the worker's reward for the action in s[t] is
 
       1/j sum over i = 1..j of cos(s[t+1] - s[t+1-i], g).
 
-  (The last step alone, i = 1, would reward moving to and fro.) With `--feudal_reward dot` it is
-  g . (s[t+1] - s[t]), which adds up to the progress along g.
+  (With i = 1 alone, the length of a move would not count: many short steps forward and one long
+  step back would be rewarded.) With `--feudal_reward dot` it is g . (s[t+1] - s[t]), which adds up
+  to the progress along g.
 - The manager's exploration reward is the autoencoder's error on the direction in which the state
   moved while the goal lasted.
 
 What is left out:
 - FuN's transition policy gradient (eq. 7), which moves goals towards directions that turned out
   well. Here the manager chooses among discrete codes by REINFORCE, as in Director.
-- FuN pools the goals of the last c steps, embeds them linearly, and has one goal for each of the c
-  moves in eq. 8. Here a goal lasts for K steps, and the worker reads it as it is.
+- FuN pools the goals of the last c steps and embeds them linearly. Here a goal lasts for K steps,
+  and the worker reads it as it is.
+- FuN's s is an embedding of its own (eq. 2), which learns with the manager. Here it is the world
+  model's `deter`, which gets no gradient from goals.
 - FuN's manager is a dilated LSTM, whose memory has several parts, of which one changes in a step.
   Here memory is the world model's, and the manager reads the present state every K steps.
 - FuN's levels have separate discounts. Here `--discount` is that of the worker for each step, and
   that of the manager for each decision.
 - FuN's worker is recurrent and also receives the task reward. Here it reads only the present state
-  and the goal, and receives no task reward (but see `--worker_extr`). So actor and critic know only
-  the mean of the cosine reward, which also depends on the states since the goal was set.
+  and the goal, and receives no task reward (but see `--worker_extr`). The cosine reward also
+  depends on the states visited since the goal was set, which the worker does not read. So to actor
+  and critic it is partly random.
 """
 
 import dataclasses
@@ -99,8 +105,8 @@ class Agent(director.Director):
         rewards = []
         for t in range(len(goal)):
             start = t - t % self.config.goal_duration  # when the goal was set
-            moves = deter[t + 1] - deter[start : t + 1]  # [j, N, D]
-            rewards.append(F.cosine_similarity(moves, goal[t], dim=-1).mean(0))
+            moves = deter[t + 1] - deter[start : t + 1]  # s[t+1] - s[t+1-i] for i = j..1, [j, N, D]
+            rewards.append(F.cosine_similarity(moves, goal[t], dim=-1).mean(0))  # eq. 8
         return torch.stack(rewards)
 
     def reward_expl(self, traj: dict[str, Tensor]) -> Tensor:

@@ -7,12 +7,13 @@ have Gaussian latents; DreamerV2 and Director have categorical ones.
 
 What changes: `stoch` is a vector of `--stoch` times `--classes` numbers, as many as Director's
 one-hot vectors have. Prior and posterior are diagonal Gaussians with standard deviation
-softplus(x) + 0.1, as in PlaNet. Samples are reparameterised, so gradients are exact and not
-straight-through. The KL is analytic, and balanced as in Director's eq. 2. The mode is the mean.
+softplus(x) + 0.1, as in PlaNet. Samples are reparameterised, so that gradients are unbiased, unlike
+straight-through ones. The KL is analytic, and balanced as in Director's eq. 2. The mode is the
+mean.
 
-What is left out: the prior of World Models is a mixture, and its latents do not depend on the past.
-PlaNet has fewer latents (30) and free nats; here, as in Director, the KL is weighted such that it
-stays near `--kl_target`.
+What is left out: the prior of World Models is a mixture of Gaussians, and its posterior reads the
+present image alone. PlaNet has fewer latents (30), an unbalanced KL and free nats; here, as in
+Director, the KL is weighted such that it stays near `--kl_target`.
 """
 
 import sys

@@ -4,10 +4,10 @@ A train step of size `paper` launches about 12,000 kernels. Launching them from 
 times as long as a large GPU needs to compute them. A train step can be recorded because its shapes
 never change, parameters and statistics stay at their addresses, and it reads no value back.
 
-director.py trains in this way on a GPU unless `--eager` is set. Variants do not, because a train
-step that does something else in Python from step to step must not be recorded (`prioritized`,
-`dyna_q`). Results equal those of eager steps up to rounding, random numbers included. Recording
-takes seconds, and its memory is in use until the program ends.
+director.py trains in this way on a GPU unless `--eager` is set. Variants do not: a recording
+repeats the kernels of one step, so that Python which differs between steps (`prioritized`,
+`dyna_q`) would not run. Results equal those of eager steps up to rounding, random numbers included.
+Recording takes seconds, and its memory is in use until the program ends.
 """
 
 import numpy as np
@@ -61,7 +61,7 @@ class Graphed:
         """Record a train step without executing it: the graph, names and values [M] of metrics."""
         for optimizer in self.agent.optimizers.values():
             for group in optimizer.param_groups:
-                group["capturable"] = True  # PyTorch asks for it; fused optimizers always are
+                group["capturable"] = True  # required inside a graph
         graph = torch.cuda.CUDAGraph()
         grad_steps = self.agent.grad_steps
         with torch.cuda.graph(graph, pool=self.pool):

@@ -13,16 +13,18 @@ that level i - 1 reached.
 What changes:
 - Director's manager becomes the middle level. It sets the worker's goals every K steps, as before,
   but reads a goal of the top level and is rewarded only for reaching that: by the max-cosine
-  (Director's eq. 8) of that goal and the state in which the worker's goal ends, K steps later.
-- The top level sets a goal every K * `--top_duration` steps. It alone is rewarded for the task and
-  for novelty, the error of its own autoencoder. In HAC, the goal of the highest level is the task's
+  (Director's eq. 8) of that goal and the state in which the worker's goal ends, K steps later. (In
+  HAC it is -1 until the goal is reached, then 0, and the return ends.) With `--middle_extr`, it is
+  rewarded for the task, too.
+- The top level sets a goal every K * `--top_duration` steps. It is rewarded for the task and for
+  novelty, the error of its own autoencoder. In HAC, the goal of the highest level is the task's
   goal. As in HAC, a lower level does not see the task.
-- Each of these two levels has its own goal autoencoder. Both learn all replayed states.
+- Each of these two levels has its own goal autoencoder. Both learn from all replayed states.
 - Each level discounts by `--discount` per decision of its own. In environment steps, the top level
   looks K * `--top_duration` times as far ahead as the worker. With the default `--horizon` it makes
   one decision per imagined trajectory, so its return is r + discount * v.
-- With `--hindsight p`, in a fraction p of trajectories the action in s[t] is replaced by a code of
-  the state that was reached, drawn from encode(s[t+1]). REINFORCE then raises or lowers the
+- With `--hindsight p`, in a fraction p of trajectories the code that a level chose is replaced by a
+  code of the state at its next decision, drawn from encode(s). REINFORCE then raises or lowers the
   probability of an action that the policy did not take, and nothing corrects for it, while HAC's
   DDPG is off-policy. In experiments the middle level then no longer pursues the goals of the top.
   So p is 0 by default, and what remains of HAC are its levels.
@@ -132,6 +134,8 @@ class Agent(director.Director):
     @torch.no_grad()
     def relabel(self, traj: dict[str, Tensor], goals: director.GoalAutoencoder) -> dict:
         """Hindsight actions: in some trajectories, the codes of the states that were reached."""
+        if not self.config.hindsight:
+            return traj
         with director.autocast(self.config):
             reached = goals.encode(traj["deter"][1:]).rsample().flatten(-2)  # [n, N, GL]
         chosen = torch.rand_like(traj["cont"][0, :, None]) < self.config.hindsight  # [N, 1]
@@ -147,6 +151,7 @@ class Agent(director.Director):
         shift = traj["top_goal"].shape[1] // 2
         with torch.no_grad():
             other = self.reward_reach({**traj, "top_goal": traj["top_goal"].roll(shift, 1)})
+        # reward_reach is K-fold.
         metrics["reach_last"] = traj["reward_reach"][duration - 1 :: duration].mean() / k
         metrics["reach_other"] = other[duration - 1 :: duration].mean() / k
         return metrics

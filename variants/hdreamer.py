@@ -17,18 +17,21 @@ What changes:
 
       logits of the prior + correction(deter, coarse sample, embed)   (NVAE's residual, Section 3.2)
 
-  with gradients through both terms.
+  with gradients through both terms. (NVAE shifts the mean and scales the standard deviation of a
+  Gaussian. Here logits are added.)
 - Each level has a balanced KL (Director's eq. 2) with an adaptive scale of its own. `--kl_target`
   is divided in proportion to the numbers of groups.
-- `--free_nats X` replaces these scales by free bits: the loss of each level and step is
-  max(KL, X), with weight 1, so that a KL below X has no gradient. KL is the sum over the groups of
-  a level. Clipping the balanced KL is the same as clipping each of its two terms, which DreamerV3
-  does: both terms have the same value and differ in their gradients only. Kingma et al. clip per
-  level, too, but the mean over a batch; a clip in each step is DreamerV3's.
+- `--free_nats X` replaces these scales by free bits: the loss of each level and step is max(KL, X),
+  with weight 1, so that a KL below X has no gradient. KL is the sum over the groups of a level.
+  Clipping the balanced KL is the same as clipping each of its two terms, which DreamerV3 does: both
+  terms have the same value and differ in their gradients only. (DreamerV3's weights are 1 and 0.1,
+  here 0.8 and 0.2.) Kingma et al. clip per level, too, but the mean over a batch; a clip in each
+  step is DreamerV3's.
 - Everything that reads `stoch` reads both levels.
 
-From a checkpoint of director.py, the agent at first acts exactly as Director did: its weights for
-the fine level start at 0, and so does the correction. Adam's moments start anew.
+From a checkpoint of director.py, the agent at first acts exactly as Director did: the weights by
+which other networks read the fine level start at 0, and so does the correction. Adam's moments
+start anew.
 
 What is left out: levels that differ in time scale (Clockwork VAE). Both levels change in each step.
 """
@@ -158,6 +161,7 @@ class Agent(director.Director):
         if state["variant"] not in self.compatible_variants:
             super().restore(state)
             return
+        # A checkpoint of director.py, whose optimizers do not fit.
         weights = self.state_dict()
         for key, value in state["agent"].items():
             weights[key] = self.widen(key, value, weights[key])

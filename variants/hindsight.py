@@ -7,7 +7,7 @@ Paper: Hindsight Experience Replay (HER; Andrychowicz et al., 2017).
 Idea: if a goal is rewarded only where it is reached, an untrained worker hardly ever gets a reward.
 But it reached some states. So each replayed transition (s, a, s') is learned with 1 + her goals g:
 one of the manager's, and `--her` states that came later in the same episode and chunk (Algorithm 1;
-strategy "future" of Section 4.5). The rewards are those that these goals bring.
+strategy "future" of Section 4.5). The reward is recomputed for each goal.
 
 What changes: the worker, since such experience is off-policy. It learns Q(s, g, a) by squared error
 towards
@@ -26,11 +26,12 @@ manager's alone. The slow networks are copied every `--slow_every` steps.
 The manager learns in imagination, as before.
 
 What is left out:
-- HER's reward is 0 where g is reached, else -1, and reaching g does not end the episode. If the
-  worker can stay at g, this only scales and shifts Q. Otherwise HER prefers actions after which it
-  can stay at g, while here only the first arrival counts.
+- HER's reward is 0 where g is reached, else -1, and learning goes on after that without an end. If
+  the worker can stay at g, this only scales and shifts Q. Otherwise HER prefers actions after which
+  it can stay at g, while here only the first arrival counts.
 - HER also clips the whole target, normalises inputs, penalises large actions, and mixes Gaussian
-  with uniform noise.
+  with uniform noise. Q and actor have optimizers of their own there; here they share one, so that
+  their gradients are clipped together.
 """
 
 import copy
@@ -155,11 +156,11 @@ class Agent(director.Director):
         gamma = (1 - 1 / config.goal_duration) * ~states["is_terminal"][:, 1:].flatten()
 
         next_q = slow.value(after, slow.best(after))
-        target = r + (1 - r) * gamma * next_q.clamp(0, 1)
+        target = r + (1 - r) * gamma * next_q.clamp(0, 1)  # y
         loss = (worker.value(before, action) - target) ** 2
         if not self.discrete:  # -Q_slow(s, g, pi(s, g)); slow gets no gradients, so only pi moves
             loss = loss - slow.value(before, worker.best(before))
-        return (loss * same_episode(is_first, 1).flatten()).mean()
+        return (loss * same_episode(is_first, 1).flatten()).mean()  # 0 where t + 1 is a first step
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {"manager": super().player_trajectories(traj)["manager"]}

@@ -14,7 +14,7 @@ cost, and options *by hand* are hand-written ones.
 What changes: the worker's actor and critic read an option (one-hot). In each state that is reached,
 the option that led there ends with probability beta. If it ends, pi picks an option, perhaps the
 same; otherwise it goes on. Imagined trajectories and episodes begin with a pick. The quantities of
-the paper, all computed from the critic:
+the paper, all computed from the slow critic:
 
     Q(s, w)                                                     value of option w in state s
     V(s)     = sum_w pi(w | s) Q(s, w)                          value of a pick
@@ -31,7 +31,7 @@ e = 0, and calls the cost xi):
 - beta minimizes beta(s', w) (A(s', w) - e H(s') + c), without a gradient through the bracket,
   weighted by the discounted probability of getting there (theorem 2): to end brings V and the
   entropy of a pick, to go on brings Q. With the optimal pi, option w ends where
-  pi(w | s) < exp(-c / e).
+  pi(w | s) < exp(-c / e) (for e > 0).
 - pi maximizes V(s) + e H(s), in all states.
 - e and c are in units of the standard deviation of A over states and options, because rewards may
   have any scale. (A counts as 0 if the option cannot start.)
@@ -67,13 +67,14 @@ The functions always read the observation that the decoder reconstructs from the
 imagination and in the environment, so that an option acts in the same way in both. The price is
 that options by hand make mistakes until the decoder is good, and see nothing that it leaves out.
 
-What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps; here it
-is a network that learns in imagination. The cost is part of beta's gradient, not of the rewards,
-where Harb et al. (2018) put it. Soft versions of option-critic also add the entropy of actions to
-Q; here it is Director's bonus in the actor's loss, and no value includes it. Gradients of
-continuous actions do not flow through ends and picks. Picks and ends are sampled with `--eval`,
-too. Options by hand are Markov: they do not know how long they have lasted, so they have no time
-limits. There are no goals, but `--horizon` still has to be a multiple of `--goal_duration`.
+What is left out: in the paper pi is epsilon-greedy in a Q learned from single real steps, whose
+target (Algorithm 1) has the maximum of Q in place of V. Here pi is a network that learns in
+imagination. The cost is part of beta's gradient, not of the rewards, where Harb et al. (2018) put
+it. Soft versions of option-critic also add the entropy of actions to Q; here it is Director's bonus
+in the actor's loss, and no value includes it. Where continuous actions learn by gradients through
+the dynamics, ends and picks are constants. Picks and ends are sampled with `--eval`, too. Options
+by hand are Markov: they do not know how long they have lasted, so they have no time limits. There
+are no goals, but `--horizon` still has to be a multiple of `--goal_duration`.
 """
 
 import dataclasses
@@ -131,7 +132,8 @@ class PartlyByHand:
 
     def __init__(self, dist, by_hand: Tensor, given: Callable, target: float):
         self.dist, self.by_hand, self.given = dist, by_hand, given
-        self.entropy_range = low, high = dist.entropy_range
+        self.entropy_range = dist.entropy_range
+        low, high = dist.entropy_range
         self.target = low + target * (high - low)
 
     def replace(self, x: Tensor, value: Tensor | float) -> Tensor:
@@ -175,7 +177,7 @@ class OptionCritic(director.ActorCritic):
         self.pi_net = director.MLP(feat - self.count, (self.count,), self.config)
         self.optimizers["beta"] = director.Optimizer(self.beta_net, self.config)
         self.optimizers["pi"] = director.Optimizer(self.pi_net, self.config)
-        self.gapnorm = director.Normalizer("std", 0.99, 1e8)  # of A
+        self.advantage_std = director.Normalizer("std", 0.99, 1e8)  # of A
 
     def pi(self, state: Tensor, available: Tensor) -> director.OneHot:
         """The policy over options, [..., W]; 0 where `available` [..., W] is false.
@@ -184,7 +186,7 @@ class OptionCritic(director.ActorCritic):
         """
         probs = self.pi_net(state).masked_fill(~available, -1e4).softmax(-1)
         probs = 0.99 * probs + 0.01 * available / available.sum(-1, keepdim=True)
-        logits = probs.masked_fill(~available, 1).log()  # the gradient of log(0) would be NaN
+        logits = probs.masked_fill(~available, 1).log()  # not log(0), whose gradient is NaN
         return director.OneHot(logits.masked_fill(~available, -1e4))
 
     def available_and_beta(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,9 +240,9 @@ class OptionCritic(director.ActorCritic):
         q_next = (q[1:] * w).sum(-1)  # Q(s', w), [H, N]
         u = (1 - beta) * q_next + beta * v[1:]  # U(s', w), eq. 3
         # The entropy of a pick is a reward, so that sampled parts of a return include it, too.
-        # Its unit, the standard deviation of A, is updated in `learn`, after all calls of this
-        # method. Before the first gradient step it is about 0.
-        std = 1 / self.gapnorm(torch.ones_like(beta), update=False)
+        # Its unit is the standard deviation of A, by which advantage_std divides. `learn` updates
+        # it after all calls of this method; before the first gradient step it is about 0.
+        std = 1 / self.advantage_std(torch.ones_like(beta), update=False)
         entropy = config.option_entropy * std * torch.special.entr(pi[1:]).sum(-1)
         discount = config.discount * traj["cont"][1:]
         reward = traj["reward_extr"] + discount * beta * entropy
@@ -254,18 +256,19 @@ class OptionCritic(director.ActorCritic):
         state = self.feat(traj)[..., : -self.count].detach()
         w = traj["option"][:-1]  # leads to states s' = 1..H
         weight = director.trajectory_weights(traj["cont"].detach(), config.discount)  # [H+1, N]
-        available = traj["pi"] > 0  # in all states, if no option is by hand
+        available = traj["pi"] > 0  # at least 0.01 / W where an option can start, else 0
         with director.autocast(config):
             pi = self.pi(state, available)
             beta = (self.beta_net(state[1:]).sigmoid() * w).sum(-1)  # beta(s', w), [H, N]
             q, v = self.values(state, traj["pi"])
         # A(s, w), [H+1, N, W]; 0 where w cannot start: Q(s, w) may be untrained there.
-        advantage = self.gapnorm((q - v[..., None]) * available)
+        advantage = self.advantage_std((q - v[..., None]) * available)
         entropy = config.option_entropy * pi.entropy()  # [H+1, N]
 
         # To end brings V plus the entropy of a pick, to go on brings Q.
         gain = (advantage[1:] * w).sum(-1) - entropy[1:].detach()  # of w over a pick in s', [H, N]
         learned = w[..., : self.learned].sum(-1)  # 1 where a learned option acts, else 0
+        # Theorem 2.
         beta_loss = (beta * (gain + config.option_cost) * learned * weight[1:]).mean()
         pi_loss = -(((pi.probs * advantage).sum(-1) + entropy) * weight).mean()
         metrics["beta_grad_norm"] = self.optimizers["beta"].minimize(beta_loss)

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 2 -m variants.parallel --task pinpad_three
 
-The same flags give the same algorithm: `--batch_size`, `--envs` and `--replay_size` are those of
-all processes together, and a step of the run is one step of any environment. Each process steps its
-own environments, has its own replay, and trains on its part of the batch. Gradients, the statistics
+It trains Director and the flat agent of director.py, no variants. The same flags give the same
+algorithm: `--batch_size`, `--envs` and `--replay_size` are those of all processes together, and
+`--steps` counts the steps of all environments. Each process steps its own environments, has its own
+replay, and trains on its part of the batch, which comes from that replay. Gradients, the statistics
 of adaptive scales and normalizers, and metrics are averaged over processes. Random numbers depend
 on seed, step and rank.
 
@@ -93,6 +94,7 @@ class Run(director.Run):
 
     def should_continue(self) -> bool:
         signal = max(self.received_signals, default=0)
+        # The largest -step is minus the smallest step, so one collective compares all steps.
         news = torch.tensor([signal, self.step, -self.step])
         dist.all_reduce(news, dist.ReduceOp.MAX)
         signal, last, minus_first = news.tolist()

@@ -28,10 +28,10 @@ of any size. Since each member has one sample, it also contains the randomness o
 
 What is left out: several particles per member, and the variants that change members within a
 trajectory (TS1); members learn from the same batches, not from bootstrapped data sets, so they
-differ by their initial weights alone; a member's standard deviation is not used (with `embed`, the
-noise of the next observation is missing therefore); there is one recurrent model and one reward and
-continuation head for all members; the search does not start from the last step's solution. PETS
-knows the rewards and has no value at the end, here the critic's. Tree search is refused.
+differ by their initial weights alone; a member's standard deviation is not used, so that with
+`embed` imagined states lack the noise of the next observation; there is one recurrent model and one
+reward and continuation head for all members. PETS knows the rewards and has no value at the end,
+here the critic's. Tree search is refused.
 """
 
 import dataclasses
@@ -76,8 +76,8 @@ class Agent(planner.Agent, disagreement.Agent):
         """A step of [M N, ...] states: the first N follow the first member, and so on."""
         rssm, target = self.world_model.rssm, self.config.disagreement_target
         parts = torch.cat([deter, stoch, action], -1).chunk(self.config.members)
-        mean = torch.cat([member(part)[:, 0] for member, part in
-                          zip(self.ensemble.members, parts, strict=True)])
+        mean = torch.cat([member(part)[:, 0]  # index 1 holds standard deviations
+                          for member, part in zip(self.ensemble.members, parts, strict=True)])
         if target == "deter":
             return mean, rssm.predict_stoch(mean)
         deter = rssm.recur(deter, stoch, action)

@@ -7,7 +7,7 @@ MuZero (Schrittwieser et al., 2020) and Sampled MuZero (Hubert et al., 2021) for
 
 What changes: how actions are chosen outside imagination, also during training. Networks and
 learning are Director's, whose checkpoints can be loaded. A *move* is a primitive action, or a code
-of the manager, on which the worker acts for K steps.
+of the manager, which the worker follows for K steps.
 - `--planner actions` searches for a sequence of `--plan_length` primitive actions by the
   cross-entropy method (CEM); `--rounds 1` is random shooting.
 - `--planner codes` searches for a sequence of H / K codes in the same way (H is `--horizon`, K is
@@ -16,17 +16,22 @@ of the manager, on which the worker acts for K steps.
   dreamer`. If moves are too many to enumerate (several code groups, or continuous actions), a node
   tries some samples of the actor, as in Sampled MuZero.
 
-A sequence is scored by its predicted rewards, discounted by `--discount` and by the predicted
-continuation, plus the critic's value of its last state. The agent makes the first move of the best
-sequence (PETS and PlaNet: of the mean sequence) and then searches again. The manager's critic
+A sequence of L moves is scored by its predicted rewards r, continuations and the critic's value V:
+
+    score = sum over i of (d_1 ... d_{i-1}) r_i + (d_1 ... d_L) V(s_L),   d_i = discount * cont_i
+
+(PETS and PlaNet have neither discount, continuation nor V). The agent makes the first move of the
+best sequence (PETS and PlaNet: of the mean sequence) and then searches again. The manager's critic
 values rewards that are averaged over K steps and discounted once per K steps. So one step is
 discounted by the K-th root of the discount, and the value is multiplied by K.
 
 What is left out: PETS's ensemble of models, which `pets.py` adds (here there is one model, and one
 sample of each sequence); chance nodes (a child is one sample), merging of equal samples (Sampled
-MuZero), noise at the root, noise on actions during training (PlaNet adds it), and learning from the
-results of the search. Sequences of codes are scored with sampled actions of the worker, also in
-evaluation, where it then takes its most likely ones.
+MuZero), noise at the root and moves drawn by visits during training (here the most visited one is
+made), noise on actions during training (PlaNet adds it), a start from the last step's solution and
+smoothed, bounded variances (PETS), and learning from the results of the search. Sequences of codes
+are scored with sampled actions of the worker, also in evaluation, where it then takes its most
+likely ones.
 """
 
 import dataclasses
@@ -81,7 +86,7 @@ class Agent(director.Director):
         return {**state, "action": self.search(state)}
 
     def sample_skill(self, state: dict[str, Tensor]) -> Tensor:
-        imagining = "count" not in state  # only acting counts steps
+        imagining = "count" not in state  # only `policy` counts steps
         if imagining or not self.moves_are_codes:
             return super().sample_skill(state)
         return self.search(state)
@@ -91,7 +96,7 @@ class Agent(director.Director):
         config = self.config
         if config.planner == "mcts":
             moves, visits = tree_search(
-                state, self.options, self.imagine_move, self.value, config.simulations)
+                state, self.moves_to_try, self.imagine_move, self.value, config.simulations)
             return moves[torch.arange(len(visits)), visits.argmax(1)]
 
         player, length = self.worker, config.plan_length
@@ -122,7 +127,9 @@ class Agent(director.Director):
         """
         model = self.world_model
         k = self.config.goal_duration
-        gamma = self.config.discount ** (1 / k) if self.manager else self.config.discount
+        gamma = self.config.discount
+        if self.manager:  # its critic discounts once per K steps
+            gamma = gamma ** (1 / k)
         goal = self.goals.decode(move) if self.moves_are_codes else None
         action = move
         reward = 0.0
@@ -148,7 +155,7 @@ class Agent(director.Director):
         value = player.critics["extr"](player.feat(state)).mean
         return value * (self.config.goal_duration if self.manager else 1)
 
-    def options(self, state: dict) -> tuple[Tensor, Tensor]:
+    def moves_to_try(self, state: dict) -> tuple[Tensor, Tensor]:
         """Moves to try, [E, M, ...], and their prior probabilities, [E, M].
 
         Discrete actions, and codes of a single group, are all tried; else samples of the actor.
@@ -161,6 +168,7 @@ class Agent(director.Director):
             moves = torch.eye(probs.shape[1], device=self.config.device)
             return moves.expand(len(probs), -1, -1), probs
         moves = torch.stack([dist.rsample().flatten(1) for _ in range(self.config.tried)], 1)
+        # Equal priors: the samples already follow the actor.
         return moves, torch.full_like(moves[..., 0], 1 / self.config.tried)
 
 

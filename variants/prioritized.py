@@ -5,9 +5,9 @@ Papers: Curious Replay (Kauvar et al., 2023), after prioritised experience repla
 
     python -m variants.prioritized --task pinpad_three
 
-Idea: prioritised experience replay draws steps in proportion to a priority, the error of a value.
-Curious Replay does this for world models. A step that was trained on v times, the last time with
-error L of the model, has the priority
+Idea: prioritised experience replay draws steps in proportion to a power of their TD error. Curious
+Replay does this for world models. A step that was trained on v times, the last time with error L of
+the model, has the priority
 
     p = c * beta^v + (|L| + eps)^alpha     (c = 1e4, beta = 0.7, alpha = 0.7, eps = 0.01),
 
@@ -16,17 +16,18 @@ after about 25 visits the error decides.
 
 What changes: the replay. A step is drawn in proportion to p. The chunk starts one step before it,
 or earlier if it would not fit into the episode; if the episode is too short, the next one drawn
-follows. The first step of a chunk is seen without memory of what was before, so that its error is
-large whatever the model knows. So it does not count as visited and its error is not used, and the
-first step of an episode has priority 0. All other steps of a chunk count as visited. Their errors,
-the sums of the model's losses, are known when the next chunks are drawn. As in Curious Replay, no
-weights correct the bias, and imagination starts from the states that are drawn.
+follows. The first step of a chunk has no memory, so that its error says little about the model. It
+does not count as visited, and its error is not used. The first step of an episode, which is always
+such a step, has priority 0. All other steps of a chunk count as visited. Their errors, the sums of
+the model's losses, are known when the next chunks are drawn. As in Curious Replay, no weights
+correct the bias, and imagination starts from the states that are drawn.
 
 What is left out: ranks and annealed importance weights (Schaul et al.). The authors' program for
 DreamerV2 also subtracts the least error so far, which the paper's formula does not. Checkpoints
 contain no priorities, so all steps are new to a resumed run. While the episodes that have ended do
 not fill a batch and others are running, all are replayed uniformly, as in director.py, which does
-not count as visits.
+not count as visits. Later, steps are drawn once their episode has ended; Curious Replay adds each
+step at once.
 """
 
 import dataclasses
@@ -42,9 +43,9 @@ NEW = 1e5  # priority of a step that was never trained on
 
 @dataclasses.dataclass
 class Config(director.Config):
-    priority_c: float = director.flag(1e4, "priority of a step without visits", low=0,
+    priority_c: float = director.flag(1e4, "weight c of the term that shrinks with visits", low=0,
                                       group="prioritized")
-    priority_beta: float = director.flag(0.7, "factor of that for each visit", low=0, high=1)
+    priority_beta: float = director.flag(0.7, "its factor for each visit", low=0, high=1)
     priority_alpha: float = director.flag(0.7, "power of errors; 0: they do not count", low=0,
                                           high=3)
 
@@ -106,7 +107,7 @@ class Replay(director.Replay):
             del self.visits[name], self.priority[name], self.total[name]
         if not self.agent or not self.agent.trained_on:
             return
-        # These are of the train step before, so that reading them hardly waits for a GPU.
+        # Set aside by the last train step, whose results a GPU has by now.
         place, error, is_first = (x.flatten(0, 1).cpu().numpy() for x in self.agent.trained_on)
         self.agent.trained_on = None
         place, error = place[~is_first], error[~is_first]

@@ -18,7 +18,7 @@ def cross_entropy(score: Callable, start: Tensor, one_hot: bool, candidates: int
 
     Each round draws candidates from a distribution that was fitted to the elites, the best tenth,
     of the round before. The distribution of continuous moves is Gaussian, clipped to [-1, 1], at
-    first with standard deviation 1; that of `one_hot` moves is categorical.
+    first with standard deviation 1; that of `one_hot` moves is categorical, with 1% uniform.
 
     start: means or logits of the first round, [L, E, ...]. score(sequences [L, E, candidates, ...])
     returns scores [E, candidates]. Returns the last elites, [L, E, candidates / 10, ...].
@@ -33,19 +33,19 @@ def cross_entropy(score: Callable, start: Tensor, one_hot: bool, candidates: int
         else:
             moves = torch.normal(center, std).clamp(-1, 1)
         best = score(moves).topk(candidates // 10).indices  # [E, elites]
-        elite = moves[:, torch.arange(len(best))[:, None], best]
+        elite = moves[:, torch.arange(len(best))[:, None], best]  # [L, E, elites, ...]
         mean = elite.mean(2, keepdim=True)
         center = mean.log() if one_hot else mean
         std = elite.std(2, keepdim=True)
     return elite
 
 
-def tree_search(root: dict, options: Callable, imagine: Callable, value: Callable,
+def tree_search(root: dict, moves_to_try: Callable, imagine: Callable, value: Callable,
                 simulations: int) -> tuple[Tensor, Tensor]:
     """MuZero's tree search: moves of the root [E, M, ...], and their visits [E, M].
 
-    root: E states. options(state): moves to try, [E, M, ...], and their prior probabilities, [E,
-    M]. imagine(state, move): the next state, the reward on the way [E], and the discount [E] of
+    root: E states. moves_to_try(state): moves [E, M, ...], and their prior probabilities, [E, M].
+    imagine(state, move): the next state, the reward on the way [E], and the discount [E] of
     what follows. value(state): [E].
 
     Each simulation adds one node to each of the E trees (Schrittwieser et al., 2020, Appendix B).
@@ -53,13 +53,14 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
 
         Q + 1.25 P sqrt(visits of the node) / (1 + visits of the move),
 
-    where P is the prior, and Q the mean of the returns that were backed up through the move, scaled
-    to 0..1 by the least and the largest Q in the tree (0 if there is none), until it comes to a
-    move without a node. It imagines that move, evaluates the new state, and adds the return to all
+    (eq. 2) where the visits of a node are 1 + those of its moves, P is the prior, and Q the mean of
+    the returns that were backed up through the move, scaled to 0..1 by the least and the largest
+    present Q in the tree (MuZero: of all so far; 0 if there is none), until it comes to a move
+    without a node. It imagines that move, evaluates the new state, and adds the return to all
     moves on the way. (In MuZero, 1.25 grows with the logarithm of visits, by 0.003 in 50
     simulations.)
     """
-    moves, prior = options(root)
+    moves, prior = moves_to_try(root)
     trees = np.arange(len(prior))
     shape = (len(prior), simulations + 1, prior.shape[1])  # of arrays [E, node, move]
     child = np.zeros(shape, int)  # the node to which a move leads; 0 if there is none yet
@@ -82,8 +83,8 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
         going = np.ones(len(trees), bool)
         path = []
         while going.any():
-            seen = visits[trees, node]  # [E, M]
-            explore = np.sqrt(seen.sum(1, keepdims=True) + 1) / (1 + seen)
+            move_visits = visits[trees, node]  # [E, M]
+            explore = np.sqrt(1 + move_visits.sum(1, keepdims=True)) / (1 + move_visits)
             move = (scaled[trees, node] + 1.25 * priors[trees, node] * explore).argmax(1)
             path.append((node, move, going))
             below = child[trees, node, move]
@@ -91,20 +92,20 @@ def tree_search(root: dict, options: Callable, imagine: Callable, value: Callabl
             node = np.where(going, below, node)
 
         # Imagine the move, and evaluate the new node.
-        leaf = {key: torch.stack([state[key] for state in states])[node, trees]
+        leaf = {key: torch.stack([state[key] for state in states])[node, trees]  # [E, ...]
                 for key in ("deter", "stoch")}
         state, move_reward, move_discount = imagine(leaf, torch.stack(tried)[node, trees, move])
         reward[trees, node, move] = move_reward.cpu().numpy()
         discount[trees, node, move] = move_discount.cpu().numpy()
         child[trees, node, move] = new
-        moves, prior = options(state)
+        moves, prior = moves_to_try(state)
         priors[:, new] = prior.cpu().numpy()
         states.append(state)
         tried.append(moves)
 
         # Back up the return.
         back = value(state).cpu().numpy()
-        for node, move, on_path in reversed(path):
+        for node, move, on_path in reversed(path):  # on_path: trees that had not found a move yet
             at = trees[on_path], node[on_path], move[on_path]
             back[on_path] = reward[at] + discount[at] * back[on_path]
             total[at] += back[on_path]

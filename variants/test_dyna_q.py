@@ -132,8 +132,8 @@ def test_value_expansion_is_used_for_replayed_and_for_imagined_transitions():
     batch = random_batch(np.random.default_rng(0), 2, 9, True, 5)
     for expand in (1, 4):
         agent, calls = make_variant(dyna_q.Agent, planning=2, expand=expand), []
-        step = agent.imagined_step
-        agent.imagined_step = lambda *args, step=step, calls=calls: (
+        step = agent.model_step
+        agent.model_step = lambda *args, step=step, calls=calls: (
             calls.append(len(args[0])) or step(*args))
         agent.train_step(batch)
         # 2 chunks are replayed; 2 rounds of planning start together from their 18 states.

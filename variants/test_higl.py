@@ -41,7 +41,7 @@ def test_higl_goals_are_where_codes_can_be_and_the_manager_learns_its_own_sample
     assert (state["skill"].abs() > 1).any() and (state["goal"].abs() <= 1).all()
 
 
-@pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
+@pytest.mark.parametrize("loss", ["prediction", "contrastive"])
 def test_higl_learns_from_pairs_within_an_episode_and_remembers_the_newest_codes(loss):
     agent = make_variant(higl.Agent, latent=2, higl_loss=loss, goal_duration=4)
     states, goals, losses = replayed(agent), agent.goals, []
@@ -52,7 +52,7 @@ def test_higl_learns_from_pairs_within_an_episode_and_remembers_the_newest_codes
         codes = goals.encode(states["deter"])
         pairs = [(b, t) for b in range(3) for t in range(8)]
         now, later = (torch.stack([codes[b, t + k] for b, t in pairs]) for k in (0, 4))
-        if loss == "reconstruction":
+        if loss == "prediction":
             after = torch.stack([states["deter"][b, t + 4] for b, t in pairs])
             errors = (goals.predictor(now) - after).square().sum(-1)
         else:
@@ -77,7 +77,7 @@ def test_higl_contrasts_each_pair_with_all_others():
     assert all(x.abs().sum() > 0 for x in torch.autograd.grad(loss, [now, later]))
 
 
-@pytest.mark.parametrize("loss", ["reconstruction", "contrastive"])
+@pytest.mark.parametrize("loss", ["prediction", "contrastive"])
 def test_higl_codes_of_a_walk_tell_how_far_apart_its_places_are(loss):
     """Places on a line, whose observations are random vectors."""
     agent = make_variant(higl.Agent, higl_loss=loss, goal_duration=2, learning_rate=3e-3, units=32)

@@ -78,7 +78,7 @@ def two_states(table, **flags):
     worker = agent.worker
     worker.slow["extr"].forward = lambda feat: prediction(
         torch.einsum("...s,...w,sw->...", feat[..., :2], feat[..., -2:], tensor(table)))
-    worker.gapnorm.forward = lambda x, update=True: x
+    worker.advantage_std.forward = lambda x, update=True: x
     logits = tensor(np.log(PICK))
     worker.pi_net.forward = lambda state: torch.einsum("...s,sw->...w", state[..., :2], logits)
     worker.pi = lambda state, available: director.OneHot(worker.pi_net(state))
@@ -196,7 +196,7 @@ def test_a_step_that_copies_the_slow_critic_uses_one_unit_of_entropy_in_both_of_
     returns = worker.returns
     worker.returns = lambda *args: found.append(returns(*args)) or found[-1]
     worker.learn(traj, copy_slow=True)
-    assert len(found) == 2 and worker.gapnorm.count == 2  # two calls, one batch each step
+    assert len(found) == 2 and worker.advantage_std.count == 2  # two calls, one batch each step
     for ret, _ in found:
         close(ret, before)
     assert not torch.allclose(returns("extr", feat, traj)[0], before)

@@ -126,7 +126,7 @@ def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_sing
     player = agent.worker if flat else agent.manager
     player.critics["extr"].forward = lambda feat: prediction(torch.full((len(feat),), 3.0))
     start = {"deter": torch.randn(2, 16), "stoch": torch.randn(2, 16)}
-    move, prior = agent.options(start)
+    move, prior = agent.moves_to_try(start)
     assert move.shape == ((2, 5, 5) if flat else (2, 8, 64))
     close(prior.sum(-1), np.ones(2))
     state, reward, discount = agent.imagine_move(start, move[:, 0])
@@ -139,7 +139,7 @@ def test_a_move_is_worth_its_rewards_and_the_value_at_its_end_in_rewards_of_sing
 def test_codes_of_one_group_are_all_tried_with_the_probabilities_of_the_manager():
     agent = make_variant(planner.Agent, planner="mcts", skill_groups=1, skill_classes=3, tried=2)
     start = {"deter": torch.randn(2, 16), "stoch": torch.randn(2, 16)}
-    move, prior = agent.options(start)
+    move, prior = agent.moves_to_try(start)
     close(move, np.tile(np.eye(3), (2, 1, 1)))
     close(prior, agent.manager.dist(agent.manager.feat(start)).probs[:, 0].detach())
 
