@@ -216,8 +216,8 @@ def test_without_its_techniques_the_agent_is_director(space):
         torch.manual_seed(1)
         found.append([each.train_step(batch) for batch in batches])
     assert found[0][1].keys() == found[1][1].keys()
-    for key, value in found[0][1].items():
-        close(value, found[1][1][key], rtol=1e-6)
+    for key, value in found[0][1].items():  # of the second step, after updates of all parameters
+        close(value, found[1][1][key], rtol=1e-4)
 
 
 def small_batches(actions, count):
