@@ -595,7 +595,7 @@ def abstract_trajectory(traj: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 
 # ---- World model, goal autoencoder, actor-critic --------------------------------------------
 def autocast(config: Config) -> torch.autocast:
-    """Mixed precision for forward passes, only: inside, a changed weight's old copy is used."""
+    """Mixed precision for forward passes. It must end before optimizers step: it caches weights."""
     return torch.autocast(config.device, torch.bfloat16, config.precision == "bfloat16")
 
 
@@ -683,7 +683,7 @@ class WorldModel(nn.Module):
 class GoalAutoencoder(nn.Module):
     """Compresses states into codes, G one-hot vectors of L, [..., GL] (paper, 2.2, eq. 3)."""
 
-    discrete = True  # a variant's codes may be plain numbers
+    discrete = True  # codes are one-hot; a variant's may be plain numbers
 
     def __init__(self, config: Config):
         super().__init__()
@@ -722,7 +722,7 @@ class ActorCritic(nn.Module):
     keys, feat_size: the parts of a state that both read, and their total size. action_shape:
     (classes,) or (groups, classes) if discrete, else (dimensions,). rewards: the weights of their
     advantages. Each advantage is divided by the standard deviation of its returns first, so that
-    the scale of a reward has no effect, unless its returns vary by less than 0.01. Actors of
+    the scale of a reward has no effect, unless that standard deviation is below 0.01. Actors of
     continuous actions learn by back-propagated returns unless `reinforce`; others by REINFORCE.
     """
 
@@ -1171,8 +1171,8 @@ class Replay:
                 if paths[name].exists():
                     self.left_out[name] = length
         if lengths and not self.episodes:
-            raise UserError(f"{folder}: no replay file can be used; put them back, or start a new "
-                            "run in another --logdir")
+            raise UserError(f"{folder}: no replay file can be used; put the files back, or start a "
+                            "new run in another --logdir")
         self.lengths_on_disk = {
             name: len(episode["reward"]) for name, episode in self.episodes.items()}
         self.names = itertools.count(max(lengths, default=-1) + 1)
@@ -1200,7 +1200,7 @@ def train(config: Config, agent: type = Director) -> int:
                 run.replay.load(run.replay_dir, run.agent.resumed_from["episodes"], driver.rows,
                                 config.skip_missing)
             run.open()
-            state = None  # of the policy; its memory starts with the first action of its own
+            state = None  # of the policy, whose memory starts with the first action not random
             train_step = run.agent.train_step
             if config.device == "cuda" and agent is Director and not config.eager:
                 from variants.graph import Graphed
@@ -1442,11 +1442,13 @@ class Run:
                 with contextlib.suppress(OSError):  # stderr may be full or closed
                     print(f"Saved at step {self.step}; the same command resumes.", file=sys.stderr)
         finally:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            self.lock.release()
-            if self.logger:
-                self.logger.close()
+            try:
+                if self.logger:
+                    self.logger.close()
+            finally:
+                self.lock.release()
+                for number, handler in self.handlers.items():  # last: from now on signals interrupt
+                    signal.signal(number, handler)
 
     def times_due(self, every: int) -> int:
         """How many multiples of `every` were reached with the steps that `record` has added."""
@@ -1541,7 +1543,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT
     with contextlib.suppress(OSError):
-        print(f"{agent_name(agent)}.py: {message}", file=sys.stderr)
+        print(f"{agent_name(agent)}: {message}", file=sys.stderr)
     return 2
 
 

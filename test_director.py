@@ -1312,7 +1312,7 @@ def test_track_starts_weights_and_biases_before_events_are_written(tmp_path, mon
 
 @pytest.mark.slow
 @needs_rendering
-def test_the_quality_of_images_is_decided_once_for_a_run(tmp_path, monkeypatch):
+def test_the_quality_of_images_is_decided_once_for_a_run(tmp_path, monkeypatch, capsys):
     chosen, find = [], envs.dmc.default_quality
     monkeypatch.setattr(envs.dmc, "default_quality", lambda: chosen.append(1) or "fast")
     flags = [*RUN, "--task=dmc_cartpole_balance", "--processes=no", f"--logdir={tmp_path}"]
@@ -1321,6 +1321,9 @@ def test_the_quality_of_images_is_decided_once_for_a_run(tmp_path, monkeypatch):
     assert director.main([*flags, "--steps=80"]) == 0
     assert director.load(tmp_path).config.render_quality == "fast" and len(chosen) == 1
     assert director.main([*flags, "--steps=90", "--render_quality=full"]) == 2
+    assert "--render_quality fast" in capsys.readouterr().err
+    assert director.main([*flags, "--steps=90", "--obs=state"]) == 2
+    assert "holds a run in Dict('image'" in capsys.readouterr().err
     assert director.main([f"--logdir={tmp_path}", "--render_quality=auto", "--eval=1"]) == 0
 
 

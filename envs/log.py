@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -50,4 +51,4 @@ class Logger:
     def close(self):
         self.events.close()
         if self.wandb_run:
-            self.wandb_run.finish()
+            self.wandb_run.finish(exit_code=1 if sys.exc_info()[0] else 0)

@@ -104,11 +104,13 @@ def choose_quality(config, settings: dict) -> str:
     """What --render_quality auto means for this task; settings: config.json of a resumed run."""
     if config.render_quality != "auto":
         return config.render_quality
+    if settings.get("render_quality"):
+        return settings["render_quality"]
     if not config.task.startswith("dmc_") or config.obs == "state":
         return "full"  # it is not used
     from envs.dmc import default_quality
     try:
-        return settings.get("render_quality") or default_quality()
+        return default_quality()
     except ImportError as error:
         raise UserError(f"--task {config.task}: {error}") from error
 
@@ -132,7 +134,7 @@ def refuse_other_spaces(agent, obs_space: spaces.Dict, act_space: spaces.Space):
 
 
 def check_policy_input(agent, obs: dict, state: dict | None, mode: str):
-    """ValueError if `Director.policy` would take these for something else than they are."""
+    """ValueError if observations, state or mode are not what `Director.policy` expects."""
     expected = {key: space.shape for key, space in agent.obs_space.items()}
     found = {key: np.shape(obs[key])[1:] for key in expected if key in obs}
     if found != expected:
@@ -142,8 +144,10 @@ def check_policy_input(agent, obs: dict, state: dict | None, mode: str):
     if mode not in ("train", "eval"):
         raise ValueError(f"mode {mode!r}: must be 'train' or 'eval'")
     amount = len(obs[next(iter(expected))])
+    if state is None:
+        return
     first = np.asarray(obs.get("is_first", np.zeros(amount, bool)))
-    states = amount if state is None else len(state["deter"])
-    if first.dtype != bool or first.shape != (amount,) or states != amount:
+    if first.dtype != bool or first.shape != (amount,) or len(state["deter"]) != amount:
         raise ValueError(f"policy needs is_first, {amount} bools, and a state of as many "
-                         f"environments, but got {first.dtype} {first.shape}, a state of {states}")
+                         f"environments, but got {first.dtype} {first.shape} and a state of "
+                         f"{len(state['deter'])}")
