@@ -38,6 +38,7 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "official program": "pinpad_three/official-*"}),
     "pinpad_three_state": ("Pin Pad Three from state", 10_000, {
         "Director": "pinpad_three_state/director-*",
+        "flat agent": "pinpad_three_state/flat-*",
         "dreamer_v3": "pinpad_three_state/dreamer_v3-*",
         "dreamer_v3, --learning_rate 4e-4": "pinpad_three_state/dreamer_v3_learning_rate-*"}),
     "pinpad_four": ("Pin Pad Four", 10_000, {
@@ -48,7 +49,9 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
             "pinpad_four/director_curriculum_no_exploration-*",
         "flat agent, curriculum": "pinpad_four/flat_curriculum-*"}),
     "pinpad_four_state": ("Pin Pad Four from state", 10_000, {
-        "Director": "pinpad_four_state/director-*", "flat agent": "pinpad_four_state/flat-*"}),
+        "Director": "pinpad_four_state/director-*",
+        "flat agent": "pinpad_four_state/flat-*",
+        "flat agent with disagreement": "pinpad_four_state/flat_disagreement-*"}),
     "walker_state": ("Walker walk from state", 10_000, {
         "Director": "walker_state/director-*",
         "Director, worker also receives the task reward": "walker_state/director_worker_extr-*",

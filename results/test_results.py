@@ -325,6 +325,7 @@ def test_benchmark_measures_a_train_step_and_its_parts(capsys, monkeypatch):
     table = json.loads(text.splitlines()[-1])
     assert table["config"]["task"] == "pinpad_three" and table["config"]["batch_size"] == 2
     medians = {key: row["median"] for key, row in table.items() if key != "config"}
+    medians.pop("whole loop, all but train steps")  # a difference, which may be below 0 by chance
     assert all(value > 0 for value in medians.values()), medians
     parts = sum(medians[f"  of it {part}"] for part in ("the world model", "goals", "behavior"))
-    assert medians["train step"] / 2 < parts < 2 * medians["train step"]
+    assert medians["train step"] / 3 < parts < 3 * medians["train step"]
