@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import director
 import envs.dmc
 import envs.folder
+import envs.make
 import envs.vector
 from conftest import (
     CONTINUOUS,
@@ -1290,11 +1291,12 @@ def test_repeated_actions_are_one_step_and_frames_are_logged(tmp_path):
 
 
 def test_track_starts_weights_and_biases_before_events_are_written(tmp_path, monkeypatch, capsys):
-    calls = []
+    calls, ended = [], []
 
     def init(**kwargs):
         calls.append(kwargs)
         assert not list(tmp_path.glob("events.*"))
+        return types.SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
 
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     flags = [*RUN, "--track", "--steps=60", f"--logdir={tmp_path}"]
@@ -1305,6 +1307,7 @@ def test_track_starts_weights_and_biases_before_events_are_written(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     assert director.main(flags) == 0
     call, = calls
+    assert ended == [0]
     assert call["project"] == "mine" and call["sync_tensorboard"]
     assert call["name"] == tmp_path.name and call["config"]["task"] == "pinpad_three"
     assert call["id"] == json.loads((tmp_path / "config.json").read_text())["run_id"]
@@ -1324,6 +1327,7 @@ def test_the_quality_of_images_is_decided_once_for_a_run(tmp_path, monkeypatch, 
     assert "--render_quality fast" in capsys.readouterr().err
     assert director.main([*flags, "--steps=90", "--obs=state"]) == 2
     assert "holds a run in Dict('image'" in capsys.readouterr().err
+    monkeypatch.setattr(envs.make, "LONGEST_EPISODE", 30)
     assert director.main([f"--logdir={tmp_path}", "--render_quality=auto", "--eval=1"]) == 0
 
 
@@ -1734,6 +1738,28 @@ def test_a_resumed_run_accepts_what_shows_the_same_observations(tmp_path, capsys
     assert director.main([*flags, "--steps=60", "--obs=state"]) == 2
     error = capsys.readouterr().err
     assert "holds a run in" in error and error.count("\n") == 1
+
+
+def test_a_run_that_is_interrupted_while_it_closes_has_released_its_folder(tmp_path):
+    class Run(director.Run):
+        def close(self):
+            self.handlers = {"no signal": None}  # signal.signal raises, as after Ctrl-C
+            super().close()
+
+    class Agent(director.Director):
+        pass
+
+    Agent.Run = Run
+    before = {number: signal.getsignal(number) for number in envs.vector.SIGNALS}
+    flags = director.parse_args([*RUN, "--steps=60", f"--logdir={tmp_path}"], Config)
+    try:
+        for _ in range(2):  # the second time, the folder is not locked
+            with pytest.raises(TypeError):
+                director.train(Config(**flags), Agent)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 60
 
 
 def test_a_program_can_train_in_a_folder_after_a_call_that_was_refused(tmp_path):
