@@ -505,12 +505,13 @@ class RSSM(nn.Module):
         return deter, self.predict_stoch(deter)
 
     def obs_step(self, deter: Tensor, stoch: Tensor, action: Tensor, embed: Tensor,
-                 is_first: Tensor, initial: tuple) -> tuple[Tensor, Tensor, Tensor]:
+                 is_first: Tensor, initial: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """A step with an observation, [N, ...]: the next deter, stoch and its posterior logits.
 
-        action: what led to the observation. Where is_first [N], memory starts from `initial`.
+        action: what led to the observation. Where is_first [N], memory starts from `initial`, which
+        is computed if it is not given.
         """
-        initial_deter, initial_stoch = initial
+        initial_deter, initial_stoch = self.initial() if initial is None else initial
         first = is_first[:, None]
         deter = torch.where(first, initial_deter, deter)
         stoch = torch.where(first, initial_stoch, stoch)
@@ -947,7 +948,7 @@ class Director(nn.Module):
         with autocast(self.config):
             deter, stoch, _ = model.rssm.obs_step(
                 state["deter"], state["stoch"], state["action"], model.encoder(observed),
-                observed["is_first"], model.rssm.initial())
+                observed["is_first"])
             state = self.act({**state, "deter": deter, "stoch": stoch}, obs["is_first"], mode)
         return state["action"], state
 
@@ -1543,7 +1544,7 @@ def main(argv: list[str] | None = None, agent: type = Director) -> int:
     except KeyboardInterrupt:  # before the run has begun, or in an evaluation
         return 128 + signal.SIGINT
     with contextlib.suppress(OSError):
-        print(f"{agent_name(agent)}: {message}", file=sys.stderr)
+        print(f"{agent_name(agent)}.py: {message}", file=sys.stderr)
     return 2
 
 

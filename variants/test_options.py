@@ -485,8 +485,8 @@ def test_a_given_action_of_continuous_ones_has_no_gradient():
 def test_without_an_option_that_can_start_there_is_one_clear_error(capsys, tmp_path):
     flags = [*RUN, "--task=gym_envs.grid:Grid-v0", "--processes=no", "--options=0"]
     for agent, file, words in (
-            (Nowhere, "test_options-Nowhere", "no option by hand can start in a state"),
-            (options.Agent, "options", "--options 0: there are no options by hand either")):
+            (Nowhere, "test_options-Nowhere.py", "no option by hand can start in a state"),
+            (options.Agent, "options.py", "--options 0: there are no options by hand either")):
         assert director.main([*flags, f"--logdir={tmp_path}/{words[:3]}"], agent) == 2
         error = capsys.readouterr().err
         assert error.splitlines()[-1].startswith(f"{file}: {words}")
