@@ -1337,7 +1337,7 @@ def test_pictures_do_not_change_what_a_run_learns(tmp_path):
     for every in (100, 1000):
         folder = tmp_path / str(every)
         flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--logdir={folder}", "--steps=300"]
-        assert director.main([*flags, f"--video_every={every}"]) == 0
+        assert director.main([*flags, "--train_every=16", f"--video_every={every}"]) == 0
         assert (folder / "pictures").exists() == (every == 100)
         results.append([{key: value for key, value in line.items() if "second" not in key}
                         for line in read_metrics(folder)])
@@ -1366,17 +1366,17 @@ def test_a_resumed_run_learns_exactly_like_an_uninterrupted_one(tmp_path):
             rows |= {"is_first": np.array([t == 0]), "is_last": np.array([t == 19])}
             run.replay.add(rows)
     run.reseed()
-    learn(run, 20)
+    learn(run, 10)
     run.step = 160
     run.save()
     run.reseed()
-    expected = learn(run, 20)
+    expected = learn(run, 10)
     run.lock.release()
     torch.manual_seed(123)
     resumed = make_run("run")
     resumed.reseed()
     resumed.replay.load(resumed.replay_dir, resumed.agent.resumed_from["episodes"], rows)
-    assert resumed.step == 160 and learn(resumed, 20) == expected
+    assert resumed.step == 160 and learn(resumed, 10) == expected
 
 
 @pytest.mark.parametrize("flags", [
@@ -1394,7 +1394,7 @@ def test_continuous_tasks_train_resume_and_play(flags, tmp_path):
 @pytest.mark.parametrize("agent", ["director", "dreamer"])
 def test_evaluation_needs_only_the_folder_and_writes_scores_and_pictures(agent, tmp_path, capsys):
     flags = [*RUN, "--task=gym_ShortPinPad-v0", f"--agent={agent}", f"--logdir={tmp_path}",
-             "--steps=300", "--video_every=150"]
+             "--steps=300", "--train_every=32", "--video_every=150"]
     assert director.main(flags) == 0
     names = {"episode", "openloop"}
     pictures = [path.stem.split("-") for path in (tmp_path / "pictures").iterdir()]
@@ -1446,9 +1446,11 @@ def test_a_trained_agent_loads_and_acts_without_its_environment_after_its_folder
     assert (tmp_path / "new/eval.json").exists() and not (tmp_path / "old").exists()
 
 
-@pytest.mark.slow
-def test_a_variant_has_flags_a_folder_and_checkpoints_of_its_own(tmp_path, monkeypatch, capsys):
-    (tmp_path / "curious.py").write_text(f"""
+CURIOUS = [*RUN, "--task=gym_CartPole-v1"]
+
+
+def run_curious(folder):
+    (folder / "curious.py").write_text(f"""
 from __future__ import annotations  # with it, dataclasses know types by their names only
 import dataclasses, sys
 sys.path.insert(0, {str(HERE)!r})
@@ -1466,24 +1468,27 @@ class Agent(director.Director):
 if __name__ == "__main__":
     sys.exit(director.main(agent=Agent))
 """)
-    task = [*RUN, "--task=gym_CartPole-v1"]
-    command = [sys.executable, "curious.py", *task, "--steps=150", "--thirst=2"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stderr == ""
-    folder = tmp_path / "runs/gym_CartPole-v1/curious-xs-0"
+    command = [sys.executable, "curious.py", *CURIOUS, "--steps=150", "--thirst=2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_variant_has_flags_a_folder_and_checkpoints_of_its_own(background, monkeypatch, capsys):
+    folder = background / "runs/gym_CartPole-v1/curious-xs-0"
     assert (folder / "checkpoint.pt").exists()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(background)
+    monkeypatch.syspath_prepend(background)
     agent = importlib.import_module("curious").Agent
-    assert director.main([*task, "--steps=150"], agent) == 2
+    assert director.main([*CURIOUS, "--steps=150"], agent) == 2
     assert "--thirst 2.0, not 0.5" in capsys.readouterr().err
-    assert director.main([*task, "--thirst=-1"], agent) == 2
+    assert director.main([*CURIOUS, "--thirst=-1"], agent) == 2
     assert "--thirst -1.0: must be from 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         director.main(["--help"], agent)
     printed = capsys.readouterr().out
     assert "curious:" in printed and "[paper 3, s 3, xs 3]" in printed
-    assert director.main([*task, f"--logdir={folder}"]) == 2
+    assert director.main([*CURIOUS, f"--logdir={folder}"]) == 2
     assert "holds a run of curious" in capsys.readouterr().err
     assert director.main(["--eval=1", f"--logdir={folder}"], agent) == 0
 
@@ -1584,16 +1589,22 @@ def test_bad_input_gets_one_line_and_exit_code_2_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_without_opengl_the_error_says_what_to_install():
+def run_without_opengl(folder):
     env = {**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa", "DISPLAY": "",
            "LD_LIBRARY_PATH": "/nowhere"}
     code = ("import ctypes.util, sys, director; ctypes.util.find_library = lambda name: None; "
             "sys.exit(director.main(['--task=dmc_walker_walk', '--device=cpu']))")
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=HERE, check=False,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "libegl1 libgl1-mesa-dri" in done.stderr and "--obs state" in done.stderr
+    (folder / "error").write_text(done.stderr)
+    assert done.returncode == 2, done.stderr
+
+
+@pytest.mark.slow
+def test_without_opengl_the_error_says_what_to_install(background):
+    error = (background / "error").read_text()
+    assert error.count("\n") == 1, error
+    assert "libegl1 libgl1-mesa-dri" in error and "--obs state" in error
 
 
 def test_a_folder_that_holds_no_run_is_refused_and_left_unchanged(tmp_path, capsys):
@@ -2061,19 +2072,23 @@ def test_a_signal_during_the_last_save_does_not_interrupt_it(tmp_path, fail_in_s
     assert director.load(tmp_path).resumed_from["step"] > 100
 
 
-@pytest.mark.slow
-def test_a_program_saves_and_stops_on_a_signal_unless_it_was_started_to_ignore_it(tmp_path):
+def signal_program(folder):
     def ignore():
         listen()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with start(tmp_path, preexec_fn=ignore) as process:
+    with start(folder / "run", preexec_fn=ignore) as process:
         process.send_signal(signal.SIGHUP)
         assert any(line.startswith("step 250: ") for line in process.stdout)
         process.terminate()
-        rest = process.communicate()[0]
+        (folder / "rest").write_text(process.communicate()[0])
         assert process.returncode == 128 + signal.SIGTERM
-    assert f"Saved at step {resumes(tmp_path)}; the same command resumes." in rest
+
+
+@pytest.mark.slow
+def test_a_program_saves_and_stops_on_a_signal_unless_it_was_started_to_ignore_it(background):
+    step = resumes(background / "run")
+    assert f"Saved at step {step}; the same command resumes." in (background / "rest").read_text()
 
 
 def wait_for_group(number, seconds):
@@ -2083,31 +2098,43 @@ def wait_for_group(number, seconds):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-def test_a_signal_to_the_process_group_saves_and_leaves_no_process(tmp_path):
-    flags = ["--task=dmc_cartpole_balance", "--obs=state", "--processes=yes"]
-    with start(tmp_path, *flags, start_new_session=True, stderr=subprocess.PIPE) as process:
+CARTPOLE = ["--task=dmc_cartpole_balance", "--obs=state"]
+
+
+def signal_group(folder):
+    with start(folder / "run", *CARTPOLE, "--processes=yes", start_new_session=True,
+               stderr=subprocess.PIPE) as process:
         os.killpg(process.pid, signal.SIGTERM)
-        error = process.communicate()[1]
+        (folder / "error").write_text(process.communicate()[1])
         assert process.returncode == 128 + signal.SIGTERM
-    assert re.fullmatch(r"Saved at step \d+; the same command resumes.\n", error)
     with pytest.raises(ProcessLookupError):
         wait_for_group(process.pid, seconds=5)
-    assert resumes(tmp_path, *flags[:2]) >= 150
 
 
 @pytest.mark.slow
-def test_an_output_that_cannot_be_written_saves_the_run_and_gets_one_line(tmp_path):
+def test_a_signal_to_the_process_group_saves_and_leaves_no_process(background):
+    error = (background / "error").read_text()
+    assert re.fullmatch(r"Saved at step \d+; the same command resumes.\n", error)
+    assert resumes(background / "run", *CARTPOLE, "--processes=no") >= 150
+
+
+def close_outputs(folder):
     with (open("/dev/full", "w") as full,
-          launch(tmp_path / "full", stdout=full, stderr=subprocess.PIPE) as other,
-          start(tmp_path / "pipe", stderr=subprocess.PIPE) as process):
+          launch(folder / "full", stdout=full, stderr=subprocess.PIPE) as other,
+          start(folder / "pipe", stderr=subprocess.PIPE) as process):
         process.stdout.close()
-        error = process.stderr.read()
-        assert process.wait() == 2
-        assert other.wait() == 2 and "No space left" in other.stderr.read()
+        (folder / "pipe_error").write_text(process.stderr.read())
+        (folder / "full_error").write_text(other.stderr.read())
+        assert process.wait() == other.wait() == 2
+
+
+@pytest.mark.slow
+def test_an_output_that_cannot_be_written_saves_the_run_and_gets_one_line(background):
+    assert "No space left" in (background / "full_error").read_text()
+    error = (background / "pipe_error").read_text()
     assert "cannot write to stdout or --logdir: Broken pipe" in error
     assert "Saved at step" in error and "Traceback" not in error
-    assert resumes(tmp_path / "pipe") >= 150
+    assert resumes(background / "pipe") >= 150
 
 
 @pytest.mark.slow
@@ -2145,15 +2172,12 @@ def test_a_full_disk_gets_one_line_and_leaves_the_checkpoint_unchanged(tmp_path)
 SMALL = ["--device=cpu", "--precision=float32", "--size=xs", "--units=32", "--deter=32",
          "--hidden=32", "--stoch=4", "--classes=4", "--horizon=8", "--batch_length=16",
          "--prefill=1000", "--processes=no"]
-
-
-BACKGROUND = {  # see conftest.py
-    "test_the_flat_agent_solves_a_corridor": [
-        director.__file__, "--task=gym_envs.grid:Corridor-v0", "--agent=dreamer",
-        "--learning_rate=1e-3", "--train_every=4", "--steps=2200", *SMALL],
-    "test_director_learns_to_stay_in_the_far_corner_of_a_grid": [
-        director.__file__, "--task=gym_envs.grid:Grid-v0", "--skill_groups=4", "--skill_classes=4",
-        "--goal_duration=4", "--learning_rate=2e-3", "--train_every=8", "--steps=6600", *SMALL]}
+LEARN_CORRIDOR = [
+    director.__file__, "--task=gym_envs.grid:Corridor-v0", "--agent=dreamer",
+    "--learning_rate=1e-3", "--train_every=4", "--steps=2200", *SMALL]
+LEARN_GRID = [
+    director.__file__, "--task=gym_envs.grid:Grid-v0", "--skill_groups=4", "--skill_classes=4",
+    "--goal_duration=4", "--learning_rate=2e-3", "--train_every=8", "--steps=6600", *SMALL]
 
 
 @pytest.mark.slow
@@ -2193,17 +2217,20 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
-def test_the_environment_in_the_readme_runs_as_printed(elsewhere, capsys):
-    (elsewhere / "my_envs.py").write_text(readme_program("class Switches"))
+def run_readme_environment(folder):
+    (folder / "my_envs.py").write_text(readme_program("class Switches"))
     command, = re.findall(r"^    python director.py (.*Switches-v0)$",
                           (HERE / "README.md").read_text(), re.M)
-    flags = command.split()
-    done = subprocess.run([*PROGRAM, *RUN, *flags, "--steps=300", "--logdir=run"], check=False,
-                          cwd=elsewhere, capture_output=True, text=True)
+    flags = [*RUN, *command.split(), "--steps=300", "--logdir=run"]
+    done = subprocess.run([*PROGRAM, *flags], check=False, cwd=folder, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
-    assert director.load("run").act_space == spaces.Discrete(4)
-    lines = [line for line in read_metrics("run") if "episode/score" in line]
+
+
+@pytest.mark.slow
+def test_the_environment_in_the_readme_runs_as_printed(background):
+    assert director.load(background / "run").act_space == spaces.Discrete(4)
+    lines = [line for line in read_metrics(background / "run") if "episode/score" in line]
     assert {line["episode/length"] for line in lines} == {100}
     assert all(5 < line["episode/score"] < 50 for line in lines)  # a quarter of the steps
 
@@ -2218,15 +2245,18 @@ def test_the_loop_in_the_readme_runs_as_printed(elsewhere):
     assert result["state"]["count"].tolist() == [2, 1]
 
 
-@pytest.mark.slow
-def test_the_variant_in_the_readme_runs_as_printed(elsewhere):
-    (elsewhere / "my_agent.py").write_text(readme_program("class Agent"))
+def run_readme_variant(folder):
+    (folder / "my_agent.py").write_text(readme_program("class Agent"))
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     command = [sys.executable, "my_agent.py", *RUN, "--steps=200"]
-    done = subprocess.run(command, cwd=elsewhere, env=env, check=False, capture_output=True,
+    done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    assert (elsewhere / "runs/pinpad_three/my_agent-xs-0/checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_the_variant_in_the_readme_runs_as_printed(background):
+    assert (background / "runs/pinpad_three/my_agent-xs-0/checkpoint.pt").exists()
 
 
 @pytest.mark.slow
@@ -2257,3 +2287,15 @@ def test_a_wrong_observation_for_the_policy_gets_the_expected_shapes():
             agent.policy({**obs, "is_first": first}, state)
     with pytest.raises(ValueError, match="a state of 2"):
         agent.policy({key: value[:1] for key, value in obs.items()}, state)
+
+
+BACKGROUND = {  # see conftest.py
+    "test_the_flat_agent_solves_a_corridor": LEARN_CORRIDOR,
+    "test_director_learns_to_stay_in_the_far_corner_of_a_grid": LEARN_GRID,
+    "test_a_variant_has_flags_a_folder_and_checkpoints_of_its_own": run_curious,
+    "test_without_opengl_the_error_says_what_to_install": run_without_opengl,
+    "test_a_program_saves_and_stops_on_a_signal_unless_it_was_started_to_ignore_it": signal_program,
+    "test_a_signal_to_the_process_group_saves_and_leaves_no_process": signal_group,
+    "test_an_output_that_cannot_be_written_saves_the_run_and_gets_one_line": close_outputs,
+    "test_the_environment_in_the_readme_runs_as_printed": run_readme_environment,
+    "test_the_variant_in_the_readme_runs_as_printed": run_readme_variant}
