@@ -123,19 +123,30 @@ def test_a_variant_trains_resumes_evaluates_and_draws(agent, flags, tmp_path):
     assert {name for _, name in pictures} == {"episode", "openloop"}
 
 
-@pytest.mark.slow
-def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(tmp_path, capsys):
-    flags = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no",
-             "--batch_length=10", f"--logdir={tmp_path}"]
-    command = [sys.executable, "-m", "variants.feudal", *flags, "--steps=100000"]
+FEUDAL = [*RUN, "--task=gym_envs.grid:Corridor-v0", "--processes=no", "--batch_length=10"]
+
+
+def run_feudal(folder):
+    command = [sys.executable, "-m", "variants.feudal", *FEUDAL, "--steps=100000",
+               f"--logdir={folder}/run"]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True) as process:
         assert any("gradient steps" in line for line in process.stdout)
         process.terminate()
-        step = int(re.search(r"Saved at step (\d+)", process.stdout.read())[1])
-    assert director.main([*flags, f"--steps={step + 20}"], feudal.Agent) == 0
+        (folder / "rest").write_text(process.stdout.read())
+
+
+@pytest.mark.slow
+def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(background, capsys):
+    step = int(re.search(r"Saved at step (\d+)", (background / "rest").read_text())[1])
+    logdir = f"--logdir={background}/run"
+    assert director.main([*FEUDAL, logdir, f"--steps={step + 20}"], feudal.Agent) == 0
     assert f"Resumed at step {step}." in capsys.readouterr().out
-    assert director.main([f"--logdir={tmp_path}", "--eval=1"]) == 2  # it is no Director
+    assert director.main([logdir, "--eval=1"]) == 2  # it is no Director
+
+
+BACKGROUND = {  # see conftest.py
+    "test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes": run_feudal}
 
 
 def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):

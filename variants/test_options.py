@@ -368,7 +368,7 @@ def test_an_option_by_hand_goes_along_the_wall_of_the_real_grid():
             replay.add(driver.rows)
             driver.step(driver.random_action())
         agent.imagine = agent.player_trajectories = lambda _: {}  # only the world model learns
-        for _ in range(400):
+        for _ in range(250):
             agent.train_step(replay.sample(16, 16))
         agent.worker.pi_net.forward = lambda state: tensor([0, 50, 0]).expand(len(state), -1)
         driver, state, cells, acting = director.Driver(envs, 0), None, [], []
