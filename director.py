@@ -84,8 +84,9 @@ SIZES = {  # what --size sets; a flag of its own takes precedence
 def flag(default, text: str, choices=None, low=1, high=1e12, group="", fixed=False):
     """A field of Config and its command-line flag; its default is None if `SIZES` sets it.
 
-    choices, low, high: what is allowed. group: heading in --help for this flag and the following.
-    fixed: it shapes networks or data, so a resumed run cannot change it.
+    choices, low, high: what is allowed, also for the default. A bool is False unless the flag is
+    given. group: heading in --help for this flag and the following. fixed: it shapes networks or
+    data, so a resumed run cannot change it.
     """
     return dataclasses.field(default=default, metadata={
         "text": text, "choices": choices, "low": low, "high": high, "group": group, "fixed": fixed})
@@ -933,7 +934,8 @@ class Director(nn.Module):
         """Act on an observation, arrays [E, ...]: actions [E, A], and a state for the next call.
 
         Without a state, and where obs["is_first"] [E] is set, memory, goal and count start anew.
-        Actions are one-hot, or continuous and not clipped. mode: "train" or "eval".
+        Actions are one-hot, or continuous and not clipped. If another action than this is executed,
+        it has to be put into state["action"] [E, A]. mode: "train" or "eval".
         """
         check_policy_input(self, obs, state, mode)
         model = self.world_model
@@ -1042,7 +1044,10 @@ class Director(nn.Module):
         return metrics
 
     def player_trajectories(self, traj: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The trajectory that each player learns from, in the order in which they learn."""
+        """The trajectory that each player learns from, in the order in which they learn.
+
+        A player without a trajectory here does not learn.
+        """
         if not self.manager:
             return {"worker": traj}
         k = self.config.goal_duration
@@ -1074,10 +1079,11 @@ class Director(nn.Module):
 class Replay:
     """Episodes in memory as observed, 12 KB a step with pixels; the oldest leave first.
 
-    A step holds image and state, the action that led there (zeros in the first step), its reward,
-    is_first, is_last and is_terminal. The last step of an episode has is_last, and is_terminal
-    unless a time limit has cut the episode. Episodes that were running when a run stopped are kept
-    as they are, without is_last. Running episodes never leave, so they may exceed the capacity.
+    A step holds image and state, the action that led there (zeros in the first step of an
+    episode), its reward, is_first, is_last and is_terminal. The last step of an episode has
+    is_last, and is_terminal unless a time limit has cut the episode. Episodes that were running
+    when a run stopped are kept as they are, without is_last. Running episodes never leave, so they
+    may exceed the capacity.
     """
 
     def __init__(self, capacity: int, seed: int = 0):
@@ -1091,13 +1097,13 @@ class Replay:
         self.left_out = {}  # {name: length} of files that cannot be used; they stay on disk
 
     def add(self, rows: dict[str, np.ndarray]):
-        """Add one step of each environment, arrays [E, ...]."""
+        """Add one step of each environment, arrays [E, ...], which are copied."""
         for env in range(len(rows["reward"])):
             if env not in self.running:
                 self.running[env] = next(self.names), {key: [] for key in rows}
             name, episode = self.running[env]
             for key, value in rows.items():
-                episode[key].append(value[env])
+                episode[key].append(np.copy(value[env]))
             if rows["is_last"][env]:
                 self.episodes[name] = {key: np.stack(value) for key, value in episode.items()}
                 del self.running[env]
@@ -1107,7 +1113,7 @@ class Replay:
             self.steps -= len(self.episodes.pop(oldest)["reward"])
 
     def sample(self, batch_size: int, length: int) -> dict[str, np.ndarray]:
-        """Draw chunks, arrays [B, T, ...], that start with is_first.
+        """Draw chunks, arrays [B, T, ...], that start with is_first, even in mid-episode.
 
         An episode is drawn uniformly from the finished ones (until they hold as many steps as a
         batch, also from the running ones), then a start in 0..len, clipped so that the chunk fits,
@@ -1118,6 +1124,8 @@ class Replay:
         finished_steps = self.steps - sum(len(episode["reward"]) for episode in running)
         if finished_steps < batch_size * length:
             pool += running
+        if not pool:
+            raise ValueError("the replay is empty")
         pieces = []
         for _ in range(batch_size):
             missing = length
@@ -1465,10 +1473,13 @@ class Run:
 
     def mean_metrics(self) -> dict[str, float]:
         """Means since the last report; FloatingPointError if one is not finite."""
-        keys = list(self.metrics[0]) if self.metrics else []
-        averages = [torch.stack([step[key] for step in self.metrics]).mean() for key in keys]
+        values = {}  # of each metric; a variant may not have all of them in every gradient step
+        for step in self.metrics:
+            for key, value in step.items():
+                values.setdefault(key, []).append(value)
+        averages = [torch.stack(each).mean() for each in values.values()]
         means = {}
-        for key, average in zip(keys, all_reduce_mean(averages), strict=True):
+        for key, average in zip(values, all_reduce_mean(averages), strict=True):
             means[key] = average.item()
         for key, value in means.items():
             if not math.isfinite(value):

@@ -896,6 +896,21 @@ def test_replay_joins_short_episodes_in_a_chunk_and_marks_them_by_is_first():
     assert set(batch["state"][..., 0].flat) == {0, 1, 2}
 
 
+def test_replay_keeps_what_was_added_when_the_arrays_are_used_again():
+    replay = Replay(100)
+    with pytest.raises(ValueError, match="the replay is empty"):
+        replay.sample(1, 5)
+    rows = {"state": np.zeros((1, 2), np.float32), "reward": np.zeros(1, np.float32),
+            "is_first": np.ones(1, bool), "is_last": np.zeros(1, bool)}
+    for t in range(5):
+        rows["state"][:] = rows["reward"][:] = t
+        rows["is_last"][:] = t == 4
+        replay.add(rows)
+    chunk = replay.sample(1, 5)
+    assert chunk["reward"].tolist() == [[0, 1, 2, 3, 4]] and chunk["reward"].dtype == np.float32
+    assert (chunk["state"] == chunk["reward"][..., None]).all()
+
+
 def test_replay_samples_running_episodes_until_finished_ones_fill_a_batch():
     replay = Replay(1000)
 
@@ -1271,13 +1286,16 @@ def test_reports_print_the_returns_since_the_last_one_and_metrics_keep_each(tmp_
 def test_reported_metrics_are_means_since_the_last_report(tmp_path, monkeypatch):
     def count(self, batch):
         self.grad_steps += 1
-        return {"model_loss": torch.tensor(float(self.grad_steps))}
+        value = torch.tensor(float(self.grad_steps))
+        rare = {"rare": value} if self.grad_steps % 5 == 0 else {}
+        return {"model_loss": value, **rare}
 
     monkeypatch.setattr(Director, "train_step", count)
     assert director.main([*RUN, "--steps=200", f"--logdir={tmp_path}"]) == 0
-    means = [line["train/model_loss"] for line in read_metrics(tmp_path)
-             if "train/model_loss" in line]
-    assert means == [3.5, 10.0]  # of gradient steps 1 to 6, and 7 to 13
+    lines = [line for line in read_metrics(tmp_path) if "train/model_loss" in line]
+    # Of gradient steps 1 to 6, and 7 to 13; one of them in each report is a multiple of 5.
+    assert [line["train/model_loss"] for line in lines] == [3.5, 10.0]
+    assert [line["train/rare"] for line in lines] == [5.0, 10.0]
 
 
 def test_repeated_actions_are_one_step_and_frames_are_logged(tmp_path):
@@ -2250,10 +2268,11 @@ def test_the_loop_in_the_readme_runs_as_printed(elsewhere):
 def run_readme_variant(folder):
     (folder / "my_agent.py").write_text(readme_program("class Agent"))
     env = {**os.environ, "PYTHONPATH": str(HERE)}
-    command = [sys.executable, "my_agent.py", *RUN, "--steps=200"]
-    done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
+    for steps, code in ((200, 0), (0, 2)):
+        command = [sys.executable, "my_agent.py", *RUN, f"--steps={steps}"]
+        done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True,
+                              text=True)
+        assert done.returncode == code, done.stderr
 
 
 @pytest.mark.slow

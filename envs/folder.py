@@ -110,7 +110,7 @@ def read_checkpoint(path: pathlib.Path) -> dict:
 def refuse_other_run(saved: dict, logdir: pathlib.Path, agent: type, flags: dict):
     """UserError if a checkpoint is of another kind of agent, task or network than asked for."""
     if saved["variant"] not in (agent_name(agent), *agent.compatible_variants):
-        raise UserError(f"--logdir {logdir}: holds a run of {saved['variant']}")
+        raise UserError(f"--logdir {logdir}: holds a run of {saved['variant']}; use its program")
     for field in dataclasses.fields(agent.Config):
         old = saved["config"].get(field.name)
         new = flags.get(field.name, old)

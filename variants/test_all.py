@@ -1,6 +1,7 @@
 """What holds for every variant: it learns, acts, saves, resumes, evaluates and draws."""
 
 import copy
+import importlib
 import json
 import re
 import subprocess
@@ -147,6 +148,23 @@ def test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes(background,
 
 BACKGROUND = {  # see conftest.py
     "test_a_variant_runs_as_a_program_that_a_signal_stops_and_resumes": run_feudal}
+
+
+def test_the_network_in_the_readme_is_saved_with_its_optimizer(tmp_path, monkeypatch):
+    program, = re.findall(r"```python\n(.*?)```", (HERE / "variants/README.md").read_text(), re.S)
+    (tmp_path / "distillation.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = importlib.import_module("distillation").Agent
+    check_optimizer_ownership(make_variant(agent), random_batch(np.random.default_rng(0), 2, 9,
+                                                                True, 5))
+    flags = [*RUN, "--task=gym_CartPole-v1", "--outputs=8", f"--logdir={tmp_path}/run"]
+    for steps in (150, 200):
+        assert director.main([*flags, f"--steps={steps}"], agent) == 0
+    loaded = director.load(tmp_path / "run", agent)
+    updates = {int(x["step"]) for x in loaded.optimizers["predictor"].state.values()}
+    assert updates == {loaded.grad_steps} and loaded.grad_steps > 10
+    losses = [x["train/rnd_loss"] for x in read_metrics(tmp_path / "run") if "train/rnd_loss" in x]
+    assert 0 < losses[-1] < losses[0]
 
 
 def test_the_search_loads_and_plays_what_director_trained(tmp_path, capsys):
