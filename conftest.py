@@ -49,7 +49,7 @@ def tensor(values) -> torch.Tensor:
 def close(actual, expected, rtol=1e-5, atol=1e-7):
     """Assert that two tensors, arrays or lists are equal but for rounding."""
     actual, expected = (torch.as_tensor(x).detach().numpy() for x in (actual, expected))
-    np.testing.assert_allclose(actual, expected, rtol, atol)
+    np.testing.assert_allclose(actual, expected, rtol, atol, equal_nan=False)
 
 
 def prediction(mean):
@@ -260,10 +260,10 @@ def background_runs(request, tmp_path_factory):
         if callable(work):
             work(folder)
             return folder
-        with open(folder / "output", "w") as output:
-            command = [sys.executable, *work, f"--logdir={folder}/run"]
-            processes.append(subprocess.Popen(command, cwd=HERE, stdout=output))
-        assert processes[-1].wait() == 0, work
+        command = [sys.executable, *work, f"--logdir={folder}/run"]
+        with open(folder / "output", "w") as output, open(folder / "errors", "w") as errors:
+            processes.append(subprocess.Popen(command, cwd=HERE, stdout=output, stderr=errors))
+        assert processes[-1].wait() == 0, f"{command}: {(folder / 'errors').read_text()}"
         return folder
 
     with contextlib.ExitStack() as stack:

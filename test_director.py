@@ -55,7 +55,7 @@ from conftest import (
     tensor,
 )
 from director import Config, Director, Driver, Replay
-from envs.dmc import DMControl
+from envs.dmc import DMControl, import_suite
 from envs.grid import Corridor
 from envs.pin_pad import PinPad
 from envs.wrappers import IMAGE, EnvironmentFailed, resize
@@ -1616,6 +1616,20 @@ def run_without_opengl(folder):
                           capture_output=True, text=True)
     (folder / "error").write_text(done.stderr)
     assert done.returncode == 2, done.stderr
+
+
+def test_an_attempt_to_render_without_opengl_does_not_prevent_numbers(monkeypatch):
+    def render(*args):
+        raise RuntimeError("no OpenGL")
+
+    for name in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    import_suite(render=False)
+    monkeypatch.setattr("dm_control.mujoco.Physics.from_xml_string", render)
+    before = dict(os.environ)
+    with pytest.raises(ImportError, match="--obs state"):
+        import_suite(render=True)
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow

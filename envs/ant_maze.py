@@ -7,23 +7,20 @@ Registers AntMazeS-v0, M, L, XL and, with cheaper images, AntMazeFastS-v0, M, L,
 actions bring images, states and rewards equal to those of the official environment.
 """
 
-import os
-import sys
-
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # before dm_control is imported
+from envs.dmc import import_suite
+
 try:
+    import_suite(render=True)
     import labmaze
-    from dm_control import composer, mjcf, mujoco
+    from dm_control import composer, mjcf
     from dm_control.locomotion.arenas import MazeWithTargets
     from dm_control.locomotion.props import TargetSphere
     from dm_control.locomotion.tasks import RepeatSingleGoalMaze
     from dm_control.locomotion.walkers import Ant
-    mujoco.Physics.from_xml_string("<mujoco/>").render(8, 8)  # is there OpenGL?
 except Exception as error:
     raise ImportError("The Ant Maze needs labmaze (Python 3.11 or 3.12) and OpenGL (on Debian: apt"
                       f"-get install libegl1 libgl1-mesa-dri), but: {error}.") from error

@@ -17,6 +17,7 @@ from gymnasium import spaces
 def import_suite(render: bool):
     """dm_control.suite; ImportError, with what to do, if it or OpenGL for rendering is missing."""
     # To be set before dm_control is imported. Some tasks need OpenGL even if nothing is rendered.
+    before = dict(os.environ)
     found = render or ctypes.util.find_library("EGL")
     if sys.platform == "linux" and not os.environ.get("DISPLAY") and found:
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -30,9 +31,12 @@ def import_suite(render: bool):
     except ModuleNotFoundError as error:
         raise ImportError("dm_control is missing: README.md says how to install it") from error
     except Exception as error:
+        backend = os.environ.get("MUJOCO_GL")
+        for name in {"MUJOCO_GL", "PYOPENGL_PLATFORM"} - before.keys():
+            os.environ.pop(name, None)  # so that --obs state works after this
         raise ImportError(
-            f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}. On Debian: "
-            "apt-get install libegl1 libgl1-mesa-dri; without: --obs state") from error
+            f"MuJoCo cannot render with MUJOCO_GL={backend}. On Debian: apt-get install libegl1 "
+            "libgl1-mesa-dri; without: --obs state") from error
     return suite
 
 

@@ -20,14 +20,16 @@ class Grid(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.cell, self.steps = np.zeros(2, int), 0
-        return np.eye(6, dtype=np.float32)[self.cell].flatten(), {}
+        return self.observe(), {}
 
     def step(self, action):
         move = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))[action]
         self.cell = (self.cell + move).clip(0, 5)
         self.steps += 1
-        obs = np.eye(6, dtype=np.float32)[self.cell].flatten()
-        return obs, float((self.cell >= 3).all()), False, self.steps >= 60, {}
+        return self.observe(), float((self.cell >= 3).all()), False, self.steps >= 60, {}
+
+    def observe(self):
+        return np.eye(6, dtype=np.float32)[self.cell].flatten()
 
 
 class Corridor(gymnasium.Env):
@@ -43,14 +45,16 @@ class Corridor(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.cell = self.steps = 0
-        return np.eye(self.cells, dtype=np.float32)[0], {}
+        return self.observe(), {}
 
     def step(self, action):
         end = self.cells - 1
         self.cell = min(max(self.cell + (0, -1, 1)[action], 0), end)
         self.steps += 1
-        obs = np.eye(self.cells, dtype=np.float32)[self.cell]
-        return obs, float(self.cell == end), False, self.steps >= self.limit, {}
+        return self.observe(), float(self.cell == end), False, self.steps >= self.limit, {}
+
+    def observe(self):
+        return np.eye(self.cells, dtype=np.float32)[self.cell]
 
 
 class LongCorridor(Corridor):

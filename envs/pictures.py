@@ -30,19 +30,24 @@ def draw(agent, film: list[tuple], batch: dict) -> dict[str, np.ndarray]:
     predicted = model.decoder(torch.stack(feats, 1))["image"]
     truth = batch["image"][:, 5:].float() / 255
     same_episode = batch["is_first"][:, 5:].cumsum(1) == 0  # [B, T-5]
-    images = torch.from_numpy(np.stack([image for image, _ in film])).float() / 255
+    images = torch.from_numpy(np.stack([image for image, _ in film]))
     # Rows of B pictures [B, frames, 64, 64, 3]; rows are stacked, pictures stand side by side.
     openloop = [truth, predicted, (predicted - truth + 1) / 2]
-    pictures = {"openloop": [row * same_episode[..., None, None, None] for row in openloop],
+    pictures = {"openloop": [to_bytes(row * same_episode[..., None, None, None])
+                             for row in openloop],
                 "episode": [images[None]]}
     if film[0][1] is not None and agent.picture_goal(film[0][1]) is not None:
         goals = torch.stack([goal for _, goal in film]).split(64)
-        goals = torch.cat([agent.picture_goal(goal) for goal in goals]).cpu()
+        goals = torch.cat([to_bytes(agent.picture_goal(goal)) for goal in goals])
         pictures["episode"] = [torch.stack([images, goals])]
     for name, rows in pictures.items():
-        frames = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        pictures[name] = (frames * 255).byte().cpu().numpy()
+        pictures[name] = torch.cat(rows, 2).permute(1, 2, 0, 3, 4).flatten(2, 3).numpy()
     return pictures
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images with values from 0 to 1 as uint8 on the CPU."""
+    return (images * 255).byte().cpu()
 
 
 def write(agent, film: list[tuple], batch: dict, path: pathlib.Path, writer=None):
@@ -61,5 +66,5 @@ def gif(frames: np.ndarray) -> io.BytesIO:
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
-    """Eight of the frames side by side, [3, height, 8 width], for TensorBoard."""
+    """At most eight of the frames side by side, [3, height, 8 width], for TensorBoard."""
     return np.concatenate(frames[:: math.ceil(len(frames) / 8)], 1).transpose(2, 0, 1)

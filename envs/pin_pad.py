@@ -30,7 +30,8 @@ class PinPad(gymnasium.Env):
     """n coloured pads in a walled room.
 
     Actions: stay, down, up, right, left. Visiting pads 1..n in order is rewarded with 10; the floor
-    is tinted for 10 more steps, then the player is put into a random cell, with an empty history.
+    is tinted in this and 9 more steps, then the player is put into a random cell, with an empty
+    history.
     Episodes are truncated after `length` steps.
 
     observe: "image", "state", or "both".

@@ -1,7 +1,9 @@
 """Environments as people have them: what reaches the agent, and what is refused in which words."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -179,11 +181,12 @@ def space(*shape, dtype=np.uint8, high=255):
 @pytest.mark.parametrize(("observed", "word"), [
     (space(0), "(0,)"), (spaces.Text(9), "Text"), (spaces.Dict(), "Dict()"),
     (spaces.Sequence(VECTOR), "Sequence"),
-    (space(4, 84, 84), "channel-first"), (space(84, 84, 4), "RGBA"),
-    (space(64, 64, 3, dtype=np.float32), "An image is uint8"),
+    (space(4, 84, 84), "(4, 84, 84)"), (space(84, 84, 4), "(84, 84, 4)"),
+    (space(64, 64, 3, dtype=np.float32), "(64, 64, 3), float32"),
     (spaces.Dict({"left": IMAGE, "right": IMAGE}), "several images, left, right"),
-    (space(2, 2, 2, 2), "up to three"), (space(3, 32, 32), "channel-first"),
-    (space(32, 32, 4), "RGBA"), (space(32, 32, 3, dtype=np.float32), "An image is uint8")])
+    (space(2, 2, 2, 2), "(2, 2, 2, 2)"), (space(3, 32, 32), "(3, 32, 32)"),
+    (space(32, 32, 4), "(32, 32, 4)"),
+    (space(32, 32, 3, dtype=np.float32), "(32, 32, 3), float32")])
 def test_other_observations_are_refused_and_the_accepted_ones_named(observed, word):
     class Refused(Odd):
         observation_space = observed
@@ -573,6 +576,8 @@ def program(folder, task, *flags, **kwargs):
 
 
 def processes_that_mention(folder) -> list[str]:
+    if shutil.which("pgrep") is None:
+        pytest.skip("pgrep is not installed")
     return subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True,
                           check=False).stdout.splitlines()
 
@@ -684,6 +689,18 @@ def run_script_without_guard(folder):
 def test_a_script_without_the_main_guard_is_told_about_it(background):
     error = (background / "error").read_text()
     assert 'if __name__ == "__main__":' in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_process_that_the_caller_started_is_left_alone():
+    config = director.Config(task="pinpad_three", size="xs", device="cpu", processes="yes")
+    with director.vector_envs(config, 1) as envs:
+        own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        own.start()
+        envs.reset(seed=0)
+    assert own.is_alive()
+    own.kill()
+    own.join()
 
 
 HANGING = "test_a_signal_interrupts_environments_that_hang_and_the_run_is_saved"

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import gymnasium
 import numpy as np
@@ -55,7 +55,8 @@ def side_by_side(makes: list[Callable], processes: bool):
         yield envs
     finally:
         with ignored_signals():  # it takes CLOSE_SECONDS at most
-            close_processes(envs, set(multiprocessing.active_children()) - others)
+            started = envs.processes if envs else set(multiprocessing.active_children()) - others
+            close_processes(envs, started)
 
 
 def start_fork_server():
@@ -96,7 +97,7 @@ def make_in_group(make: Callable) -> gymnasium.Env:
     return make()
 
 
-def close_processes(envs: gymnasium.vector.AsyncVectorEnv | None, processes: set):
+def close_processes(envs: AsyncVectorEnv | None, processes: Iterable):
     """Close environments and end their processes, after CLOSE_SECONDS also against their will."""
     if envs is not None:
         for pipe in filter(None, envs.parent_pipes):  # None: this environment has raised an error
@@ -171,8 +172,8 @@ class Driver:
         if self.rows["is_first"][0]:
             self.film = []
         if "image" in self.rows and state:
-            goal = state["goal"][0] if "goal" in state else None
-            self.film.append((self.rows["image"][0], goal))
+            goal = state["goal"][0].clone() if "goal" in state else None
+            self.film.append((self.rows["image"][0].copy(), goal))  # not the whole batch
         is_first = self.rows["is_last"]
         action = np.where(is_first[:, None], 0, action)
         command = action.argmax(-1) + self.space.start if self.discrete else action.clip(-1, 1)

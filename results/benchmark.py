@@ -9,11 +9,11 @@ a batch; a train step and its parts; a matrix product, as a measure of the machi
 median of some repetitions, with the least and the most.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,7 +22,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -53,15 +52,22 @@ class Table(dict):
 def time_program(table: Table, config: director.Config) -> float:
     """From its start to the first gradient step, then its loop; returns steps per second of it."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {k: v for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool)}
-        flags |= {"logdir": folder, "prefill": config.envs * config.batch_length,
-                  "random": 0, "log_every": 4 * config.train_every}
-        for grad_steps in (1, 24):  # the second goes on with the first
-            flags["steps"] = flags["prefill"] + grad_steps * config.train_every
-            command = [sys.executable, director.__file__, *(f"--{k}={v}" for k, v in flags.items())]
+        log_every = max(4 * config.train_every, config.envs)  # a step of all is a line at least
+        settings = dataclasses.asdict(config) | {
+            "logdir": folder, "prefill": config.envs * config.batch_length, "random": 0,
+            "log_every": log_every}
+        flags = []
+        for name, value in settings.items():
+            if not isinstance(value, bool):
+                flags.append(f"--{name}={value}")
+            elif value:
+                flags.append(f"--{name}")
+        for steps in (config.train_every, 6 * log_every):  # the second goes on with the first
+            command = [sys.executable, director.__file__, *flags,
+                       f"--steps={settings['prefill'] + steps}"]
             begin = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            if grad_steps == 1:
+            if steps == config.train_every:
                 table.add("start to first gradient step", "s", time.perf_counter() - begin)
         lines = map(json.loads, pathlib.Path(folder, "metrics.jsonl").read_text().splitlines())
         rates = [x["train/steps_per_second"] for x in lines if "train/model_loss" in x]
@@ -111,15 +117,15 @@ def benchmark(config: director.Config) -> dict[str, dict]:
     table, replay = Table(), director.Replay(config.replay_size)
     loop = time_program(table, config)
 
-    with director.vector_envs(config, config.envs) as envs:
+    with contextlib.ExitStack() as stack:
+        envs = stack.enter_context(director.vector_envs(config, config.envs))
         driver = director.Driver(envs, config.seed)
         drivers = {"environments, all at once": driver}
         bare = "state" if config.task.startswith("dmc_") else config.obs  # without rendering
         for obs in dict.fromkeys((config.obs, bare)):
-            make = functools.partial(
-                director.make_env, config.task, dataclasses.replace(config, obs=obs))
-            drivers[f"one environment, --obs {obs}"] = director.Driver(
-                SyncVectorEnv([make], autoreset_mode=AutoresetMode.NEXT_STEP), config.seed)
+            alone = dataclasses.replace(config, obs=obs, processes="no")
+            env = stack.enter_context(director.vector_envs(alone, 1))
+            drivers[f"one environment, --obs {obs}"] = director.Driver(env, config.seed)
         for part, each in drivers.items():
             play = functools.partial(lambda each: each.step(each.random_action()), each)
             table.measure(part, 200, play, len(each.rows["reward"]))
@@ -146,6 +152,7 @@ def benchmark(config: director.Config) -> dict[str, dict]:
     if config.device == "cuda":
         memory = torch.cuda.max_memory_reserved() / 2**30
     else:
+        import resource  # not on Windows
         unit = 2**20 if sys.platform == "linux" else 2**30
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     table.add("peak memory", "GB", memory)

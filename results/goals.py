@@ -7,9 +7,9 @@ samples, those that it samples for another player, and decodings of random codes
 with other goals, the worker follows them. Beside each mean return: the mean value of the critic on
 the way, and the value that the rewards on the way justify.
 
-Part 2 starts from 512 replayed states and imagines 8 steps: mean max-cosine between a goal and the
-last state, when the worker acts with this goal, when it acts with another one, when actions are
-random, and when they are those of the replay.
+Part 2 starts from replayed states, 512 or less if episodes are short, and imagines 8 steps: mean
+max-cosine between a goal and the last state, when the worker acts with this goal, when it acts with
+another one, when actions are random, and when they are those of the replay.
 """
 
 import argparse
@@ -23,30 +23,34 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import director
 from director import Director
+from variants import same_episode
 
 EPISODES = 10
 
 
 @torch.no_grad()
 def play(agent: Director, envs, mode: str) -> tuple[list[float], float, float]:
-    """Play an episode of each environment, side by side, and those that end with the last of them.
+    """Play the first episode of each environment, side by side.
 
-    Returns their returns; the mean value, on the way, of the player that receives the task reward;
-    and the value that these rewards justify: their mean, if it went on forever.
+    Returns their returns; until the last of them ends, the mean value of the player that receives
+    the task reward, in all environments; and the value that the rewards justify: their mean, if it
+    went on forever.
     """
     torch.manual_seed(agent.config.seed)
     driver = director.Driver(envs, agent.config.seed)
     player = agent.manager or agent.worker
-    state, scores, values, rewards = None, [], [], []
-    while len(scores) < envs.num_envs:
+    state, values, rewards = None, [], []
+    scores = np.full(envs.num_envs, np.nan)  # of episodes that have ended
+    while np.isnan(scores).any():
         action, state = agent.policy(driver.rows, state, mode)
         value = player.critics["extr"](player.feat(state)).mean
         values.append(value.mean().item())
         driver.step(action.cpu().numpy(), state)
         rewards.append(driver.rows["reward"].mean())
-        scores += driver.score[driver.rows["is_last"]].tolist()
+        ended = driver.rows["is_last"] & np.isnan(scores)
+        scores[ended] = driver.score[ended]
     justified = float(np.mean(rewards) / np.float64(1 - agent.config.discount))  # or infinite
-    return scores, float(np.mean(values)), justified
+    return scores.tolist(), float(np.mean(values)), justified
 
 
 def does_the_manager_lead(agent: Director):
@@ -95,9 +99,13 @@ def does_the_worker_reach(agent: Director, replay: director.Replay):
     actions = agent.sizes["action"]
     batch = agent.tensors(replay.sample(32, 32))
     states = model.observe(batch)
-    starts = {key: states[key][:, 8:24].flatten(0, 1) for key in ("deter", "stoch")}  # [512, ...]
-    later = states["deter"][:, 16:].flatten(0, 1)  # what was reached 8 steps later
-    replayed = [batch["action"][:, 9 + t : 25 + t].flatten(0, 1) for t in range(8)]
+    same = same_episode(batch["is_first"], 8)[:, 8:]  # [32, 16]; M of these pairs are used
+    if not same.any():
+        print("no episode has the 8 steps that a goal takes here")
+        return
+    starts = {key: states[key][:, 8:24][same] for key in ("deter", "stoch")}  # [M, ...]
+    later = states["deter"][:, 16:][same]  # what was reached 8 steps later
+    replayed = [batch["action"][:, 9 + t : 25 + t][same] for t in range(8)]
     code = agent.goals.encode(later).rsample().flatten(-2)
     kinds = {"state 8 steps later": later,
              "the same, autoencoded": agent.goals.decode(code),
@@ -134,13 +142,15 @@ def main(argv: list[str] | None = None):
     try:
         module = importlib.import_module(f"variants.{args.variant}") if args.variant else None
         agent = director.load(args.run, module.Agent if module else Director)
+        autoencoded = isinstance(getattr(agent, "goals", None), director.GoalAutoencoder)
+        if autoencoded:
+            replay = director.Replay(10**9)
+            folder = pathlib.Path(args.run, "replay", agent.resumed_from["run_id"])
+            replay.load(folder, agent.resumed_from["episodes"])
     except (director.UserError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     does_the_manager_lead(agent)
-    if isinstance(getattr(agent, "goals", None), director.GoalAutoencoder):
-        replay = director.Replay(10**9)
-        folder = pathlib.Path(args.run, "replay", agent.resumed_from["run_id"])
-        replay.load(folder, agent.resumed_from["episodes"])
+    if autoencoded:
         does_the_worker_reach(agent, replay)
 
 

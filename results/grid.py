@@ -837,6 +837,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--planner", action="store_true", help="compare kinds of search instead")
     parser.add_argument("--time_steps", action="store_true", help="time train steps instead")
     args = parser.parse_args(argv)
+    names = SEARCHES if args.planner else [*HALF_WORLDS, *RARE, *AGENTS]
+    known = {*names, *(name.split(",")[0] for name in names)}
+    for name in args.only:
+        if name not in known:
+            parser.error(f"--only: {name} is not one of: {'; '.join(names)}")
     if args.time_steps:
         time_train_steps()
         return

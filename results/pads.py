@@ -72,15 +72,16 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=pathlib.Path, help="folder of a run")
     parser.add_argument("--random", choices=list(PADS), help="random actions instead of a run")
-    parser.add_argument("--episodes", type=int, default=10, help="episodes in a line")
+    parser.add_argument("--episodes", type=int, default=10,
+                        help="episodes in a line; the last line may have fewer")
     args = parser.parse_args(argv)
     if args.episodes < 1:
         parser.error("--episodes: must be at least 1")
     if (args.run is None) == (args.random is None):
         parser.error("give a run or --random")
-    episodes = random_episodes(args.random) if args.random else replayed_episodes(args.run)
+    episodes = list(random_episodes(args.random) if args.random else replayed_episodes(args.run))
     seen, steps, visits, scores = set(), 0, [], []
-    for history, score in episodes:
+    for number, (history, score) in enumerate(episodes, 1):
         pads = history.shape[1]
         # A player who is put elsewhere has an empty history, which is no visit.
         moved = (history[1:] != history[:-1]).any(1) & history[1:].any(1)
@@ -88,12 +89,13 @@ def main(argv: list[str] | None = None):
         scores.append(score)
         seen |= {tuple(row) for row in history[history.all(1)].tolist()}
         steps += len(history)
-        if len(visits) % args.episodes == 0:
+        if number % args.episodes == 0 or number == len(episodes):
+            group = (number - 1) % args.episodes + 1  # episodes since the last line
             possible = pads * (pads - 1) ** (pads - 1)
-            print(f"{steps} steps: return {np.mean(scores[-args.episodes:]):.1f}, "
-                  f"{np.mean(visits[-args.episodes:]):.0f} pad visits an episode, "
+            print(f"{steps} steps: return {np.mean(scores[-group:]):.1f}, "
+                  f"{np.mean(visits[-group:]):.0f} pad visits an episode, "
                   f"{len(seen)} of {possible} histories seen so far")
-    if not visits:
+    if not episodes:
         parser.exit(2, f"pads.py: {args.run}: holds no finished episode of Pin Pad\n")
 
 

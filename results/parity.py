@@ -10,7 +10,6 @@ loads the weights, makes the same steps, and prints how far each metric is off.
 """
 
 import argparse
-import math
 import pathlib
 import sys
 
@@ -23,6 +22,7 @@ sys.path.insert(0, str(FOLDER.parent))
 import director
 from envs.wrappers import IMAGE
 
+TOLERANCE = 5e-5  # relative; rounding alone gives 6e-6 to 1e-5, depending on the processor
 METRICS = {  # ours: theirs
     "image_loss": "image_loss_mean", "reward_loss": "reward_loss_mean",
     "cont_loss": "cont_loss_mean", "kl_loss": "kl_loss_mean", "model_loss": "model_loss",
@@ -54,8 +54,10 @@ def copy_layers(file, prefix: str, layers: list):
             if param is not None:
                 value = torch.from_numpy(file[f"{prefix}/{name}/{key}"])
                 # Theirs are [in, out] and [height, width, in, out], or, transposed, [.., out, in].
-                value = value.T if value.ndim == 2 else value.permute(
-                    3, 2, 0, 1) if value.ndim == 4 else value
+                if value.ndim == 2:
+                    value = value.T
+                elif value.ndim == 4:
+                    value = value.permute(3, 2, 0, 1)
                 assert param.shape == value.shape, (prefix, name, param.shape, value.shape)
                 param.data.copy_(value)
 
@@ -124,7 +126,7 @@ def compare(kind: str) -> dict[str, float]:
             for ours, theirs in METRICS.items():
                 expected = float(file[f"m{step}/{theirs}"])
                 error = abs(float(metrics[ours]) - expected) / max(abs(expected), 1e-8)
-                errors[ours] = max(errors[ours], error)
+                errors[ours] = float(np.maximum(errors[ours], error))  # NaN stays NaN
     finally:
         director.OneHot.rsample, director.BoundedNormal.rsample = samples
     return errors
@@ -137,6 +139,6 @@ if __name__ == "__main__":
     print(f"{title:42}" + "".join(f"{kind:>12}" for kind in results))
     for name in METRICS:
         print(f"{name:42}" + "".join(f"{errors[name]:12.1e}" for errors in results.values()))
-    worst = max(max(errors.values()) for errors in results.values())
+    worst = np.max([list(errors.values()) for errors in results.values()])  # or NaN
     print(f"{len(METRICS)} metrics, worst {worst:.1e}")
-    sys.exit(0 if math.isfinite(worst) and worst < 1e-4 else 1)
+    sys.exit(0 if worst < TOLERANCE else 1)

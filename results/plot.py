@@ -52,7 +52,9 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "Director": "pinpad_four_state/director-*",
         "Director, --manager_expl 0": "pinpad_four_state/director_no_exploration-*",
         "flat agent": "pinpad_four_state/flat-*",
-        "flat agent with disagreement": "pinpad_four_state/flat_disagreement*"}),
+        "flat agent with disagreement": "pinpad_four_state/flat_disagreement-*",
+        "flat agent with disagreement, --worker_expl 1":
+            "pinpad_four_state/flat_disagreement_weight_1-*"}),
     "walker_state": ("Walker walk from state", 10_000, {
         "Director": "walker_state/director-*",
         "Director, worker also receives the task reward": "walker_state/director_worker_extr-*",

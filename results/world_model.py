@@ -21,6 +21,7 @@ episodes; the trained one may have learned from these, too. Printed are, every 4
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -29,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import director
+from variants import same_episode
 
 CONTEXT = 5  # steps that the model observes before it is tested
 AHEAD = (1, 4, 8)
@@ -60,8 +62,9 @@ def changed(config: director.Config, flags: dict) -> director.Config:
 
 
 def explained(prediction: torch.Tensor, truth: torch.Tensor) -> float:
-    """Fraction of the variance: 1 if all is predicted, 0 for the mean."""
-    return 1 - float(((prediction - truth) ** 2).mean() / truth.var(correction=0))
+    """Fraction of the variance: 1 if all is predicted, 0 for the mean; NaN if nothing varies."""
+    variance = float(truth.var(correction=0))
+    return 1 - float(((prediction - truth) ** 2).mean()) / variance if variance else math.nan
 
 
 @torch.no_grad()
@@ -73,17 +76,22 @@ def test_model(agent: director.Director, replay: director.Replay, chunks: int) -
     states = model.observe(batch)
     targets = {key: model.encoder.preprocess(key, batch[key]) for key in model.encoder.keys}
 
-    def error(deter, stoch, start: int) -> dict[str, float]:
+    def error(deter, stoch, ahead: int) -> dict[str, float]:
         decoded = model.decoder(torch.cat([deter, stoch], -1))
-        return {key: float(((x - targets[key][:, start:]) ** 2).flatten(2).sum(-1).mean())
-                for key, x in decoded.items()}
+        squares = {key: (x - targets[key][:, CONTEXT + ahead :]) ** 2 for key, x in decoded.items()}
+        return {key: float(x.flatten(2).sum(-1)[valid(ahead)].mean()) for key, x in squares.items()}
+
+    def valid(ahead: int) -> torch.Tensor:
+        """Where no other episode begins in between: bool [B, steps that are predicted]."""
+        is_first = batch["is_first"][:, CONTEXT:]
+        return same_episode(is_first, ahead) if ahead else torch.ones_like(is_first)
 
     def reward(deter, stoch) -> torch.Tensor:
         return model.reward_head(torch.cat([deter, stoch], -1)).mean
 
     deter, stoch = (states[key][:, CONTEXT:] for key in ("deter", "stoch"))
     kl = director.balanced_kl(states["post"], states["prior"], 0.8)
-    results = {**error(deter, stoch, CONTEXT), "kl": float(kl[:, CONTEXT:].mean()),
+    results = {**error(deter, stoch, 0), "kl": float(kl[:, CONTEXT:].mean()),
                "reward": explained(reward(deter, stoch), batch["reward"][:, CONTEXT:])}
     for ahead in AHEAD:
         predictions = []
@@ -94,16 +102,18 @@ def test_model(agent: director.Director, replay: director.Replay, chunks: int) -
                 action = batch["action"][:, first : first + deter.shape[1]]
                 deter, stoch = model.rssm.img_step(deter, stoch, action)
             predictions.append(reward(deter, stoch))
-        truth = batch["reward"][:, CONTEXT + ahead :]
-        results[f"reward, ahead {ahead}"] = explained(torch.stack(predictions).mean(0), truth)
-        for key, value in error(deter, stoch, CONTEXT + ahead).items():
+        truth, predicted = batch["reward"][:, CONTEXT + ahead :], torch.stack(predictions).mean(0)
+        same = valid(ahead)
+        results[f"reward, ahead {ahead}"] = explained(predicted[same], truth[same])
+        for key, value in error(deter, stoch, ahead).items():
             results[f"{key}, ahead {ahead}"] = value
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", type=pathlib.Path, help="folder of a run of director.py")
+    parser.add_argument("run", type=pathlib.Path,
+                        help="folder of a run of director.py, before all flags")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--train", type=int, default=0, help="gradient steps of a new model")
     steps.add_argument("--finetune", type=int, default=0, help="more steps of the trained one")
@@ -112,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kl_weight", type=float, default=1.0, help="highest weight of the KL")
     parser.add_argument("--reward_weight", type=float, default=1.0, help="of the reward loss")
     args, flags = parser.parse_known_args(argv)
+    if args.test < 1:
+        parser.error("--test: must be at least 1")
     try:
         flags = director.parse_args(flags, director.Config)
         agent = director.load(args.run, **({} if args.train else flags))
