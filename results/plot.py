@@ -31,6 +31,7 @@ FIGURES = {  # file name: (title, steps in a window, {agent in words: its metric
         "Director, --random 40000": "pinpad_three/director-*",
         "Director, curriculum": "pinpad_three/director_curriculum-*",
         "Director, random actions only in the prefill": "pinpad_three/director_prefill_only-*",
+        "flat agent, --random 40000": "pinpad_three/flat-*",
         "flat agent, curriculum": "pinpad_three/flat_curriculum-*"}),
     "pinpad_three_variants": ("Pin Pad Three, all agents with the curriculum", 10_000, CURRICULUM),
     "pinpad_three_official": ("Pin Pad Three, settings of xs at commit 0bb3370", 10_000, {
